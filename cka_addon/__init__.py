@@ -1,0 +1,1 @@
+"""CKA of s3prl upstreams."""
