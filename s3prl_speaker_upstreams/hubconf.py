@@ -1,0 +1,97 @@
+"""The upstream entries: what ``-u NAME`` can be.
+
+Three kinds, with s3prl's calling convention ``entry(ckpt=, model_config=, refresh=, **options)``:
+
+* ``ecapa_tdnn_local``, ``ecapa_dino_local``: ``ckpt`` (``-k``) is a path; the network is never touched.
+* ``ecapa_tdnn_url``, ``ecapa_dino_url``: ``ckpt`` (``-k``) is a URL, downloaded once into the cache.
+* one entry for every named checkpoint of :data:`s3prl_speaker_upstreams.weights.REGISTRY` (``ecapa_tdnn``,
+  ``ecapa_dino``, ...): its weights are downloaded at first use, unless ``ckpt`` names a local file to use instead.
+
+``ecapa_tdnn_*`` and ``ecapa_dino_*`` read the same formats; they differ in what they accept without a word: the former
+supervised models, the latter self-supervised ones, and each says so when it gets the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from s3prl_speaker_upstreams.errors import CheckpointUnreadable, ConfigError
+from s3prl_speaker_upstreams.registration import ENTRY_MARK
+
+__all__ = ["entries"]
+
+
+def _expert(ckpt: str, **options: Any):
+    from s3prl_speaker_upstreams.expert import UpstreamExpert  # imports s3prl and torch
+
+    return UpstreamExpert(ckpt, **options)
+
+
+def _is_url(ckpt: str) -> bool:
+    return "://" in str(ckpt)
+
+
+def _local(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
+    del refresh  # nothing is ever downloaded here
+    if ckpt is None:
+        raise CheckpointUnreadable(
+            f"{name}: got no checkpoint, expected the path of one; pass -k PATH (ckpt=PATH), or use a named entry such "
+            f"as {name.removesuffix('_local')}, which downloads its weights"
+        )
+    if _is_url(ckpt):
+        raise CheckpointUnreadable(
+            f"{name}: got the URL {ckpt}, expected a path; use -u {name.removesuffix('_local')}_url for URLs"
+        )
+    return _expert(ckpt, model_config=model_config, **options)
+
+
+def _url(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
+    if ckpt is None or not _is_url(ckpt):
+        raise CheckpointUnreadable(
+            f"{name}: got {ckpt!r}, expected a URL; pass -k URL (ckpt=URL), or use -u "
+            f"{name.removesuffix('_url')}_local for a path"
+        )
+    from s3prl_speaker_upstreams import weights
+
+    return _expert(weights.resolve(ckpt, refresh=refresh), model_config=model_config, **options)
+
+
+def _named(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
+    from s3prl_speaker_upstreams import weights
+
+    known = weights.REGISTRY[name]
+    options.setdefault("format", known.format)
+    if known.frontend is not None:
+        options.setdefault("frontend", known.frontend)
+    if ckpt is not None and _is_url(ckpt):
+        raise ConfigError(f"{name}: got the URL {ckpt}, expected no -k or a path; use -u ecapa_tdnn_url for URLs")
+    path = ckpt if ckpt is not None else weights.resolve(name, refresh=refresh)
+    return _expert(path, model_config=model_config, **options)
+
+
+def _entry(function: Callable, name: str, doc: str) -> Callable:
+    entry = partial(function, name)
+    entry.__name__ = entry.__qualname__ = name
+    entry.__module__ = __name__
+    entry.__doc__ = doc
+    setattr(entry, ENTRY_MARK, True)
+    return entry
+
+
+def entries() -> dict[str, Callable]:
+    """All entries by name, in the order in which ``--help`` shows them.
+
+    >>> sorted(entries())[:2]  # doctest: +ELLIPSIS
+    ['ecapa_dino', 'ecapa_dino_...']
+    """
+    from s3prl_speaker_upstreams import weights
+
+    found = {}
+    for family, words in (("ecapa_tdnn", "ECAPA-TDNN"), ("ecapa_dino", "self-supervised (DINO) ECAPA-TDNN")):
+        found[f"{family}_local"] = _entry(_local, f"{family}_local", f"{words} from a local checkpoint, ckpt=PATH (-k).")
+        found[f"{family}_url"] = _entry(_url, f"{family}_url", f"{words} from a checkpoint at a URL, ckpt=URL (-k).")
+    for name, known in weights.REGISTRY.items():
+        found[name] = _entry(_named, name, f"{known.training_data}; {known.citation} ({known.licence}).")
+    return found
