@@ -29,7 +29,7 @@ class VoxCeleb1:
 
     root : folder with ``dev/wav`` and ``test/wav``; goes to s3prl's ``file_path``
     identification_list : ``1|2|3 id/video/utterance.wav`` lines (train, dev, test); goes to SID's ``meta_data``
-    trials : ``1|0 id/video/utterance.wav id/video/utterance.wav`` lines over test speakers, for ASV's ``test_meta_data``
+    trials : ``1|0 first.wav second.wav`` lines over test speakers, for ASV's ``test_meta_data``
     dev_trials : the same over training speakers, for ASV's ``dev_meta_data``
     speakers : name in the source -> id in the corpus
     counts : utterances of train, dev and test in `identification_list`
