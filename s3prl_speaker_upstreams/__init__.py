@@ -7,8 +7,6 @@ switched off, call :func:`register`.
 This module imports nothing, because Python's start-up file imports it in every process.
 """
 
-from __future__ import annotations
-
 __version__ = "0.1.0"
 
 __all__ = ["__version__", "load_encoder", "register"]

@@ -13,8 +13,8 @@ import yaml
 from s3prl.upstream.interfaces import UpstreamBase
 from torch import Tensor
 
-from s3prl_speaker_upstreams.checkpoints import read_checkpoint
-from s3prl_speaker_upstreams.ecapa import Ragged, SpeakerEncoder
+from s3prl_speaker_upstreams.checkpoints import build_encoder, read_checkpoint
+from s3prl_speaker_upstreams.ecapa import Ragged
 from s3prl_speaker_upstreams.errors import BadWaveform, ConfigError
 
 __all__ = ["Features", "UpstreamExpert", "check_wavs"]
@@ -173,7 +173,7 @@ class UpstreamExpert(UpstreamBase):
         self.role = checkpoint.role
         self.provenance = checkpoint.provenance
         self._say_what_it_is(str(ckpt), family)
-        self.encoder = SpeakerEncoder.from_checkpoint(checkpoint, **({} if dtype is None else {"dtype": dtype}))
+        self.encoder = build_encoder(checkpoint, dtype=dtype)
 
     def _say_what_it_is(self, ckpt: str, family: str | None) -> None:
         logger.info("%s: format %s, role %s", ckpt, self.checkpoint_format, self.role)

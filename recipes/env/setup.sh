@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Installs, and only installs: a virtual environment with pinned packages and this project (editable).
+# Quick when there is nothing to do.
+#
+#   PYTHON   interpreter to make the environment from   (default: python3)
+#   VENV     where the environment goes                 (default: .venv beside the code; .venv-legacy for STACK=legacy)
+#   STACK    current | legacy                           (default: current)
+#   EXTRAS   extras of setup.cfg, comma separated       (default: superb,pretrain,cka,test)
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+PYTHON="${PYTHON:-python3}"
+STACK="${STACK:-current}"
+EXTRAS="${EXTRAS:-superb,pretrain,cka,test}"
+case "$STACK" in
+  current) VENV="${VENV:-$ROOT/.venv}" ;;
+  legacy) VENV="${VENV:-$ROOT/.venv-legacy}" ;;
+  *) echo "setup: got STACK=$STACK, expected current or legacy" >&2; exit 2 ;;
+esac
+CONSTRAINTS="$ROOT/recipes/env/constraints-$STACK.txt"
+
+say() { echo "[setup] $*"; }
+fail() { echo "[setup] $*" >&2; exit 1; }
+
+command -v "$PYTHON" > /dev/null || fail "no interpreter '$PYTHON'; install Python 3.10 to 3.12 or set PYTHON=/path/to/python"
+"$PYTHON" - << 'PY' || fail "$PYTHON is not Python 3.10 to 3.12, which the pinned packages need; set PYTHON=/path/to/python3.11"
+import sys
+sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PY
+
+# What was installed is remembered by a digest of everything that decides it, so the second run costs a blink.
+wanted="$({ cat "$CONSTRAINTS" "$ROOT/setup.cfg" "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/s3prl_speaker_upstreams/s3prl_speaker_upstreams.pth" "$ROOT/recipes/env/setup.sh"; echo "$ROOT $EXTRAS $("$PYTHON" --version)"; } | cksum)"
+stamp="$VENV/.s3prl_speaker_upstreams"
+if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ]; then
+  say "$VENV is up to date ($STACK stack)"
+  exit 0
+fi
+
+if [ ! -x "$VENV/bin/python" ]; then
+  say "making $VENV with $("$PYTHON" --version)"
+  "$PYTHON" -m venv "$VENV" || fail "cannot make $VENV; Debian and Ubuntu keep venv in the package python3-venv"
+fi
+rm -f "$stamp"
+say "installing the $STACK stack, pinned by recipes/env/constraints-$STACK.txt (about 6 GB, minutes at first)"
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+# catalyst's own requirements clash with today's packages, and s3prl uses one sampler of it: it goes in without them
+pip install -q --no-deps -c "$CONSTRAINTS" catalyst
+pip install -q -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
+mkdir -p "$VENV" && echo "$wanted" > "$stamp"
+say "done: $("$VENV/bin/python" -c 'import sys; print(sys.executable)')"
