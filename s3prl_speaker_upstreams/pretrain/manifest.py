@@ -319,22 +319,22 @@ def build_manifest(
     source : folder, list file, or iterable of paths
         A folder is searched to any depth, following links to folders. A list file has one recording per line: a path,
         with its speaker before or behind it where known (``id00012 id00012/x/1.wav`` as in VoxCeleb's lists), separated
-        by a tab or blanks, or by a comma in ``.csv``; paths are relative to the list. In ``.scp`` the other column is the
-        utterance's name, not its speaker. A csv written by :meth:`Manifest.write` is taken as it is.
+        by a tab or blanks, or by a comma in ``.csv``; paths are relative to the list. In ``.scp`` the other column is
+        the utterance's name, not its speaker. A csv written by :meth:`Manifest.write` is taken as it is.
     layout : {"auto", "voxceleb", "speaker", "none"}
         Where the speaker is: ``voxceleb``: the ``id00012`` part; ``speaker``: the first folder below ``source``;
-        ``none``: not known. ``auto`` takes ``voxceleb`` if all paths look so, else ``speaker`` if all files are at least
-        one folder deep, else ``none``. Speakers given in a list file win.
+        ``none``: not known. ``auto`` takes ``voxceleb`` if all paths look so, else ``speaker`` if all files are at
+        least one folder deep, else ``none``. Speakers given in a list file win.
     min_seconds : float
         Shorter recordings are left out.
     silence_db : float, optional
-        Also decode every file once and leave out those whose peak is below this many dB of full scale (-60 is sensible).
-        By default nothing is decoded here and silence is found while training.
+        Also decode every file once and leave out those whose peak is below this many dB of full scale (-60 is
+        sensible). By default nothing is decoded here and silence is found while training.
     workers : int
         Threads that read headers.
     cache : path, bool or None
-        File that remembers what was learned, keyed by each file's size and time of modification. None: one in the user's
-        cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``); False: no cache.
+        File that remembers what was learned, keyed by each file's size and time of modification. None: one in the
+        user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``); False: no cache.
     progress : bool
         Show a progress bar.
 
@@ -494,8 +494,8 @@ def _listed(place: str) -> tuple[str, list[str], list[str], list[str | None] | N
             columns = _audio_columns(parts)
         if len(columns) != 1 or len(parts) > 2:
             raise ConfigError(
-                f"{place}, line {number}: got {' '.join(parts)!r}, expected one path of a {'/'.join(AUDIO_SUFFIXES)} file "
-                "and at most one more column (the speaker)"
+                f"{place}, line {number}: got {' '.join(parts)!r}, expected one path of a "
+                f"{'/'.join(AUDIO_SUFFIXES)} file and at most one more column (the speaker)"
             )
         path = parts[columns[0]]
         other = parts[1 - columns[0]] if len(parts) == 2 else None
