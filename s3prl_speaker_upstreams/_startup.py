@@ -27,7 +27,7 @@ def switched_off():
 
 def _half_removed(error):
     """True if ``error`` says that a module of this very package is not there."""
-    return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == _PACKAGE
+    return (error.name or "").partition(".")[0] == _PACKAGE
 
 
 def _before_s3prl():
@@ -35,7 +35,7 @@ def _before_s3prl():
         from s3prl_speaker_upstreams import compat
 
         compat.install()
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if not _half_removed(error):
             raise
 
@@ -45,7 +45,7 @@ def _after_hub(hub):
         from s3prl_speaker_upstreams import registration
 
         registration.register_into(hub)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if not _half_removed(error):
             raise
 

@@ -136,7 +136,11 @@ def _find_speech(given: str | None, cache: Path) -> tuple[dict[str, list], str, 
     except (DownloadError, OSError) as error:
         logger.warning("the public corpus cannot be had: %s", error)
     try:
-        return espeak_speakers(), "SYNTHETIC speech: 12 voices of eSpeak NG (no real speech was given or reachable)", False
+        return (
+            espeak_speakers(),
+            "SYNTHETIC speech, 12 eSpeak NG voices (no real speech was given or reachable)",
+            False,
+        )
     except MissingPackage as error:
         raise ConfigError(
             f"no speech: none was given, the public corpus could not be downloaded, and {error}. "
@@ -162,7 +166,8 @@ def _speech(args: argparse.Namespace) -> int:
     speech, source, join = _find_speech(args.speech, Path(args.cache))
     speech = _some(speech, args.speakers, args.recordings)
     corpus = lay_out_voxceleb1(speech, out, join_seconds=3.0 if join else None, split=(0.7, 0.1, 0.2))
-    said = f"{source}; {len(corpus.speakers)} speakers, {corpus.counts['train']} / {corpus.counts['dev']} / {corpus.counts['test']} utterances to train, dev, test"
+    counts = " / ".join(str(corpus.counts[part]) for part in ("train", "dev", "test"))
+    said = f"{source}; {len(corpus.speakers)} speakers, {counts} utterances to train, dev, test"
     write_text(mark, json.dumps({"wanted": wanted, "said": said}, indent=1) + "\n")
     print(said)
     return 0

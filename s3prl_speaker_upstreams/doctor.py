@@ -141,7 +141,7 @@ def _examine_entries(found: Diagnosis) -> None:
         found.problems.append(
             (
                 f"import s3prl.hub fails: {error}",
-                "install a tested set of packages, recipes/env/constraints-current.txt; if it fails with those, report it",
+                "install the tested packages of recipes/env/constraints-current.txt; if it fails with those, report it",
             )
         )
         return

@@ -98,9 +98,7 @@ class Features(dict):
         if key in self._keys or super().__contains__(key):
             return True
         if isinstance(key, str) and not key.startswith(("_", "hidden_state_")):
-            raise ConfigError(
-                f"feature selection: got {key!r}, expected one of {', '.join(self._keys)}; change -s (feature_selection)"
-            )
+            raise ConfigError(f"feature selection: got {key!r}, expected one of {', '.join(self._keys)}; change -s")
         return False
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -161,7 +159,11 @@ class UpstreamExpert(UpstreamBase):
     """
 
     def __init__(
-        self, ckpt: str | os.PathLike, model_config: str | os.PathLike | None = None, family: str | None = None, **options
+        self,
+        ckpt: str | os.PathLike,
+        model_config: str | os.PathLike | None = None,
+        family: str | None = None,
+        **options,
     ):
         super().__init__()
         if model_config is not None:

@@ -29,6 +29,10 @@ def _expert(ckpt: str, **options: Any):
     return UpstreamExpert(ckpt, **options)
 
 
+def _family(name: str) -> str:
+    return "dino" if name.startswith("ecapa_dino") else "tdnn"
+
+
 def _is_url(ckpt: str) -> bool:
     return "://" in str(ckpt)
 
@@ -44,7 +48,7 @@ def _local(name: str, ckpt: str | None = None, model_config: str | None = None, 
         raise CheckpointUnreadable(
             f"{name}: got the URL {ckpt}, expected a path; use -u {name.removesuffix('_local')}_url for URLs"
         )
-    return _expert(ckpt, model_config=model_config, **options)
+    return _expert(ckpt, model_config=model_config, family=_family(name), **options)
 
 
 def _url(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
@@ -55,7 +59,8 @@ def _url(name: str, ckpt: str | None = None, model_config: str | None = None, re
         )
     from s3prl_speaker_upstreams import weights
 
-    return _expert(weights.resolve(ckpt, refresh=refresh), model_config=model_config, **options)
+    path = weights.resolve(ckpt, refresh=refresh)
+    return _expert(path, model_config=model_config, family=_family(name), **options)
 
 
 def _named(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
@@ -90,8 +95,8 @@ def entries() -> dict[str, Callable]:
 
     found = {}
     for family, words in (("ecapa_tdnn", "ECAPA-TDNN"), ("ecapa_dino", "self-supervised (DINO) ECAPA-TDNN")):
-        found[f"{family}_local"] = _entry(_local, f"{family}_local", f"{words} from a local checkpoint, ckpt=PATH (-k).")
-        found[f"{family}_url"] = _entry(_url, f"{family}_url", f"{words} from a checkpoint at a URL, ckpt=URL (-k).")
+        found[f"{family}_local"] = _entry(_local, f"{family}_local", f"{words} from a local file, ckpt=PATH (-k).")
+        found[f"{family}_url"] = _entry(_url, f"{family}_url", f"{words} from a URL, ckpt=URL (-k).")
     for name, known in weights.REGISTRY.items():
         found[name] = _entry(_named, name, f"{known.training_data}; {known.citation} ({known.licence}).")
     return found
