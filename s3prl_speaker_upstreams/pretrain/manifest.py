@@ -193,7 +193,8 @@ class Manifest(Sequence):
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Manifest({len(self)} utterances, {self.seconds / 3600:.2f} h, {len(self.speakers)} speakers, {self.root!r})"
+        hours, speakers = self.seconds / 3600, len(self.speakers)
+        return f"Manifest({len(self)} utterances, {hours:.2f} h, {speakers} speakers, {self.root!r})"
 
     @property
     def seconds(self) -> float:
