@@ -82,7 +82,7 @@ def available() -> bool:
 def speak(text: str, voice: str = "en-us+m1", *, rate: int = 160, pitch: int = 50, pitch_range: int = 50) -> np.ndarray:
     """Say `text`; the same calls in the same order give the same samples in every fresh process.
 
-    (Vibrato and breath noise go on from one call to the next, so a sentence said twice differs slightly, as people's do.)
+    (Vibrato and breath noise go on from one call to the next: a sentence said twice differs slightly, as people's do.)
 
     Parameters
     ----------
