@@ -68,7 +68,7 @@ probe() { # NAME UPSTREAM [CKPT]
   overrides+=",,config.runner.eval_dataloaders=[],,config.runner.gradient_accumulate_steps=1,,config.optimizer.lr=5.0e-3"
   if [ ! -f "$exp/states-$STEPS.ckpt" ]; then
     "$python" -m s3prl.run_downstream -m train -a -u "$2" ${3:+-k "$3"} -d voxceleb1 \
-      -c "$ROOT/recipes/superb/conf/sid.yaml" -p "$exp" --device "$DEVICE" -o "$overrides"
+      -c "$ROOT/recipes/superb/conf/SID.yaml" -p "$exp" --device "$DEVICE" -o "$overrides"
   fi
   if ! grep -q '^test at step' "$exp/log.log" 2> /dev/null; then
     "$python" -m s3prl.run_downstream -m evaluate -t test -e "$exp/states-$STEPS.ckpt" --device "$DEVICE"

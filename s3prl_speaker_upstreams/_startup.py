@@ -5,9 +5,9 @@ make ``python run_downstream.py -u ecapa_dino`` work unchanged in every process:
 torchrun ranks, joblib children. This module therefore
 
 * imports only ``os`` and ``sys``, which every interpreter has loaded already (cost well below a millisecond);
-* puts one finder in front of ``sys.meta_path`` that answers ``None`` for all names but two;
-* just before the body of ``s3prl`` runs, calls :func:`s3prl_speaker_upstreams.compat.install`;
-* just after the body of ``s3prl.hub`` ran, calls :func:`s3prl_speaker_upstreams.registration.register_into`.
+* puts one finder in front of ``sys.meta_path``, which finds nothing but sees that ``s3prl`` is about to be imported;
+* then calls :func:`s3prl_speaker_upstreams.compat.install`, and has
+  :func:`s3prl_speaker_upstreams.registration.register_into` called as soon as the body of ``s3prl.hub`` has run.
 
 ``S3PRL_SPEAKER_UPSTREAMS=0`` in the environment switches all of it off. A package that is half removed (modules
 missing) leaves s3prl as it is, without a word: Python itself must start whatever state site-packages is in.
@@ -30,16 +30,6 @@ def _half_removed(error):
     return (error.name or "").partition(".")[0] == _PACKAGE
 
 
-def _before_s3prl():
-    try:
-        from s3prl_speaker_upstreams import compat
-
-        compat.install()
-    except ImportError as error:
-        if not _half_removed(error):
-            raise
-
-
 def _after_hub(hub):
     try:
         from s3prl_speaker_upstreams import registration
@@ -50,58 +40,39 @@ def _after_hub(hub):
             raise
 
 
-class _ThenRegister:
-    """Loader that runs the real loader of ``s3prl.hub``, puts it back in its place, and registers our entries."""
+def _before_s3prl():
+    try:
+        from s3prl_speaker_upstreams import compat
+        from s3prl_speaker_upstreams.compat import _hooks
 
-    def __init__(self, loader):
-        self._loader = loader
-
-    def __getattr__(self, name):
-        return getattr(self._loader, name)
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _after_hub(module)
+        compat.install()
+        _hooks.watch(("s3prl.hub",), _after_hub)
+    except ImportError as error:
+        if not _half_removed(error):
+            raise
 
 
-class HubFinder:
-    """First entry of ``sys.meta_path``; see the module's docstring."""
+class S3prlFinder:
+    """First entry of ``sys.meta_path``: finds nothing, but is asked when s3prl is about to be imported."""
 
-    def __init__(self):
-        self._compat_asked = False
+    _asked = False
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname == "s3prl":
-            if not self._compat_asked:
-                self._compat_asked = True
-                _before_s3prl()
-            return None
-        if fullname != "s3prl.hub":
-            return None
-        for finder in sys.meta_path:
-            if finder is self or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _ThenRegister(spec.loader)
-                return spec
+        if fullname == "s3prl" and not self._asked:
+            self._asked = True
+            _before_s3prl()
         return None
 
 
 def active():
     """True if the finder is in place in this process."""
-    return any(type(finder).__name__ == "HubFinder" and hasattr(finder, "_compat_asked") for finder in sys.meta_path)
+    return any(isinstance(finder, S3prlFinder) for finder in sys.meta_path)
 
 
 def install():
-    """Put the finder in place, once, unless switched off or s3prl.hub is there already (then :func:`register`)."""
+    """Put the finder in place, once, unless switched off."""
     if not switched_off() and not active():
-        sys.meta_path.insert(0, HubFinder())
+        sys.meta_path.insert(0, S3prlFinder())
 
 
 install()

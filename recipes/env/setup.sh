@@ -43,8 +43,9 @@ fi
 rm -f "$stamp"
 say "installing the $STACK stack, pinned by recipes/env/constraints-$STACK.txt (about 6 GB, minutes at first)"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
-# catalyst's own requirements clash with today's packages, and s3prl uses one sampler of it: it goes in without them
-pip install -q --no-deps -c "$CONSTRAINTS" catalyst
+# s3prl uses one sampler of catalyst, whose own requirements clash with others': without them on the legacy stack, where
+# everything else of s3prl works as it is; the current stack gets a stand-in
+if [ "$STACK" = legacy ]; then pip install -q --no-deps -c "$CONSTRAINTS" catalyst; fi
 pip install -q -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
 mkdir -p "$VENV" && echo "$wanted" > "$stamp"
 say "done: $("$VENV/bin/python" -c 'import sys; print(sys.executable)')"

@@ -102,7 +102,7 @@ def test_torchrun(tmp_path):
 @pytest.mark.parametrize("value", ["0", "off", "No"])
 def test_switch(value):
     out = succeed("-c", "import sys; print([type(f).__name__ for f in sys.meta_path])", S3PRL_SPEAKER_UPSTREAMS=value)
-    assert "HubFinder" not in out
+    assert "S3prlFinder" not in out
 
 
 def test_explicit_registration_with_the_switch_off():
@@ -202,12 +202,12 @@ def test_wheel_has_the_start_up_file_and_uninstall_removes_it(tmp_path):
     python = str(target / "bin" / "python")
     succeed("-m", "pip", "--python", python, "install", "-q", "--no-deps", str(wheel))
     probe = [python, "-c", "import sys; print([type(f).__name__ for f in sys.meta_path])"]
-    assert "HubFinder" in subprocess.run(probe, capture_output=True, text=True).stdout
+    assert "S3prlFinder" in subprocess.run(probe, capture_output=True, text=True).stdout
     succeed("-m", "pip", "--python", python, "uninstall", "-q", "-y", "s3prl-speaker-upstreams")
     (site,) = target.glob("lib/python*/site-packages")
     assert not [path.name for path in site.iterdir() if "s3prl" in path.name]
     gone = subprocess.run(probe, capture_output=True, text=True)
-    assert "HubFinder" not in gone.stdout and gone.stderr == ""
+    assert "S3prlFinder" not in gone.stdout and gone.stderr == ""
 
 
 def test_start_up_cost(tmp_path):

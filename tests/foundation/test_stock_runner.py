@@ -58,7 +58,7 @@ def overrides(corpus, steps: int) -> str:
 
 
 def test_sid_trains_evaluates_and_resumes(untrained, corpus, tmp_path):
-    sid = ["-u", "ecapa_tdnn_local", "-k", str(untrained), "-d", "voxceleb1", "-c", str(CONF / "sid.yaml")]
+    sid = ["-u", "ecapa_tdnn_local", "-k", str(untrained), "-d", "voxceleb1", "-c", str(CONF / "SID.yaml")]
     stock("-m", "train", *sid, "-p", str(tmp_path / "exp"), "-o", overrides(corpus, 2), cwd=tmp_path)
     assert (tmp_path / "exp" / "states-2.ckpt").is_file()
     # the same command asks for more steps: resumed from the checkpoint, which holds upstream, data and settings
@@ -72,7 +72,7 @@ def test_sid_trains_evaluates_and_resumes(untrained, corpus, tmp_path):
 
 
 def test_sid_fine_tunes(untrained, corpus, tmp_path):
-    sid = ["-u", "ecapa_dino_local", "-k", str(untrained), "-d", "voxceleb1", "-c", str(CONF / "sid.yaml"), "-f"]
+    sid = ["-u", "ecapa_dino_local", "-k", str(untrained), "-d", "voxceleb1", "-c", str(CONF / "SID.yaml"), "-f"]
     stock("-m", "train", *sid, "-p", str(tmp_path / "exp"), "-o", overrides(corpus, 2), cwd=tmp_path)
     assert (tmp_path / "exp" / "states-2.ckpt").stat().st_size > untrained.stat().st_size
 
@@ -88,7 +88,7 @@ def test_second_corpus_is_not_answered_from_the_first(untrained, corpus, tmp_pat
     found = []
     for name, this in (("first", corpus), ("second", other)):
         out = stock(
-            *("-m", "train", "-u", "fbank", "-d", "voxceleb1", "-c", str(CONF / "sid.yaml")),
+            *("-m", "train", "-u", "fbank", "-d", "voxceleb1", "-c", str(CONF / "SID.yaml")),
             *("-p", str(tmp_path / name), "-o", overrides(this, 2)),
             cwd=tmp_path,
         )
