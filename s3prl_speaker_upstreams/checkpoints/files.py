@@ -108,7 +108,7 @@ def _numpy_scalar_under(module: str) -> Any:
             raise CheckpointUnreadable("a numpy object scalar in the checkpoint was refused")
         return multiarray.scalar(dtype, value)
 
-    # torch's allow-list looks globals up by these two names (the only way on torch 2.5, which has no (obj, name) pairs).
+    # torch's allow-list looks globals up by these names (torch 2.5 does not take (object, name) pairs).
     scalar.__module__, scalar.__name__, scalar.__qualname__ = module, "scalar", "scalar"
     return scalar
 
@@ -274,7 +274,7 @@ def _load_safetensors(path: Path) -> LoadedFile:
     try:
         with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
             metadata = dict(file.metadata() or {})
-            data = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            data = {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError, json.JSONDecodeError) as error:
         raise CheckpointUnreadable(
             f"{path}: truncated or damaged safetensors file ({path.stat().st_size:,} bytes; {error}); "

@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            data = yaml.load(file, Loader=_DataLoader)  # noqa: S506 (derives from SafeLoader)
+            data = yaml.load(file, Loader=_DataLoader)
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         logger.warning("%s: not readable as YAML, not used: %s", path, str(error).splitlines()[0])
         return {}
