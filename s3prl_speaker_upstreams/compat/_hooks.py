@@ -1,0 +1,106 @@
+"""Run a function right after a named module was imported. Standard library only.
+
+A finder at the front of ``sys.meta_path`` lets the ordinary finders find the module, then puts a wrapper on the
+``exec_module`` of *that* loader object. The module keeps its own loader and spec (``inspect``, ``pkgutil`` and pickling see
+nothing unusual), and modules that nobody waits for cost one dictionary look-up.
+
+>>> import sys
+>>> seen = []
+>>> watch(("sndhdr_like_example",), lambda module: seen.append(module.__name__))
+>>> "sndhdr_like_example" in FINDER.waiting
+True
+>>> FINDER.forget("sndhdr_like_example")
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["FINDER", "watch"]
+
+Callback = Callable[[ModuleType], None]
+
+
+class PostImportFinder:
+    """Finds nothing itself; calls back once a watched module's body has run."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Callback]] = {}
+        self._late: list[str] = []  # modules that were half-way through their import when we were installed
+        self._busy = threading.local()
+
+    def forget(self, name: str) -> None:
+        self.waiting.pop(name, None)
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name not in self.waiting:
+            return None
+        self.run_late()
+        busy = self._busy.__dict__.setdefault("names", set())
+        if name in busy:  # another hook of this kind asks in its turn
+            return None
+        busy.add(name)
+        try:
+            spec = self._ask_the_others(name, path, target)
+        finally:
+            busy.discard(name)
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
+            self._call_back_after(spec, name)
+        return spec
+
+    def _ask_the_others(self, name: str, path: object, target: object) -> ModuleSpec | None:
+        for finder in list(sys.meta_path):
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+    def _call_back_after(self, spec: ModuleSpec, name: str) -> None:
+        loader, original = spec.loader, spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            original(module)
+            if module.__name__ == name:  # a zip file has one loader for all its modules
+                self.run(module)
+
+        loader.exec_module = exec_module
+
+    def run(self, module: ModuleType) -> None:
+        for callback in self.waiting.get(module.__name__, ()):
+            callback(module)
+
+    def run_late(self) -> None:
+        """Serve modules that were being imported at installation and are complete by now."""
+        for name in list(self._late):
+            module = sys.modules.get(name)
+            if module is not None and not _initialising(module):
+                self._late.remove(name)
+                self.run(module)
+
+
+def _initialising(module: ModuleType) -> bool:
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+FINDER = PostImportFinder()
+
+
+def watch(names: Iterable[str], callback: Callback) -> None:
+    """Call ``callback(module)`` after each of `names` is imported; at once for those that already are."""
+    if FINDER not in sys.meta_path:
+        sys.meta_path.insert(0, FINDER)
+    for name in names:
+        FINDER.waiting.setdefault(name, []).append(callback)
+        module = sys.modules.get(name)
+        if module is None:
+            continue
+        if _initialising(module):
+            FINDER._late.append(name)
+        else:
+            callback(module)

@@ -1,0 +1,428 @@
+"""The table of stand-ins: what is missing, since when, who in s3prl 0.4.18 needs it, how that is seen, what is supplied.
+
+Light on purpose: the modules that do the work are imported when a stand-in is put in place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+__all__ = ["STANDINS", "Entry"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stand-in.
+
+    modules : looked at when one of these has been imported
+    token : what the lines in `used_by` contain (a test looks)
+    missing : whether the thing is missing, from the module just imported
+    supply : puts the stand-in in place
+    """
+
+    name: str
+    removed_in: str
+    used_by: tuple[str, ...]
+    token: str
+    supplies: str
+    modules: tuple[str, ...]
+    missing: Callable[[Any], bool]
+    supply: Callable[[Any], None]
+
+
+def _lacks(*names: str) -> Callable[[ModuleType], bool]:
+    return lambda module: any(not hasattr(module, name) for name in names)
+
+
+def _set(source: str, *names: str) -> Callable[[ModuleType], None]:
+    """Set attributes on the module from one of ours, where they are missing."""
+
+    def supply(module: ModuleType) -> None:
+        ours = importlib.import_module(f"{__package__}.{source}")
+        for name in names:
+            setattr(module, name, getattr(ours, name))
+
+    return supply
+
+
+def _call(source: str, function: str) -> Callable[[ModuleType], None]:
+    return lambda module: getattr(importlib.import_module(f"{__package__}.{source}"), function)(module)
+
+
+# ------------------------------------------------------------------------------------------------- torchaudio
+
+
+def _needs_torchcodec(module: ModuleType) -> bool:
+    """torchaudio's own reading and writing goes through TorchCodec, and TorchCodec cannot be imported."""
+    if not hasattr(module, "load_with_torchcodec"):
+        return False
+    if importlib.util.find_spec("torchcodec") is None:
+        return True
+    try:
+        importlib.import_module("torchcodec.decoders")
+    except (ImportError, OSError, RuntimeError):  # installed without the ffmpeg libraries that it opens
+        return True
+    return False
+
+
+def _no_sox(module: ModuleType) -> bool:
+    """sox_effects is gone, or there is no libsox for it to open."""
+    if importlib.util.find_spec("torchaudio.sox_effects") is None:
+        return True
+    try:
+        return "gain" not in importlib.import_module("torchaudio.sox_effects").effect_names()
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        return True
+
+
+def _supply_sox(module: ModuleType) -> None:
+    ours = importlib.import_module(f"{__package__}.sox_effects")
+    theirs = sys.modules.get("torchaudio.sox_effects")
+    if theirs is None:
+        sys.modules["torchaudio.sox_effects"] = ours
+        module.sox_effects = ours
+        return
+    for name in ("apply_effects_file", "apply_effects_tensor", "effect_names"):
+        setattr(theirs, name, getattr(ours, name))
+
+
+# ------------------------------------------------------------------------------------------------- other packages
+
+
+def _no_namespaces(module: ModuleType) -> bool:
+    return importlib.import_module(f"{__package__}.torch_load").namespaces_are_refused()
+
+
+def _old_call_refused(name: str, parameter: str) -> Callable[[ModuleType], bool]:
+    def missing(module: ModuleType) -> bool:
+        import inspect
+
+        owner, _, method = name.rpartition(".")
+        function = getattr(getattr(module, owner) if owner else module, method)
+        parameters = inspect.signature(function).parameters
+        return parameter not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    return missing
+
+
+def _supply_runner_api(module: ModuleType) -> None:
+    module.HfApi = importlib.import_module(f"{__package__}.hub_names").make_runner_api(module.HfApi)
+
+
+def _supply_login(module: ModuleType) -> None:
+    module.HfApi.login = importlib.import_module(f"{__package__}.hub_names").login
+
+
+def _numpy_lacks(name: str) -> Callable[[ModuleType], bool]:
+    def missing(module: ModuleType) -> bool:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return not hasattr(module.np, name)
+
+    return missing
+
+
+def _supply_numpy(module: ModuleType) -> None:
+    module.np = importlib.import_module(f"{__package__}.numpy_names")
+
+
+def _not_installed(*names: str) -> Callable[[Any], bool]:
+    return lambda module: importlib.util.find_spec(names[0]) is None
+
+
+def _supply_catalyst(module: ModuleType) -> None:
+    ours = importlib.import_module(f"{__package__}.samplers")
+    for name in ("catalyst", "catalyst.data"):
+        sys.modules[name] = ModuleType(
+            name, "Stands for catalyst, which is not installed; see s3prl_speaker_upstreams.compat."
+        )
+        sys.modules[name].__path__ = []
+    sys.modules["catalyst"].data = sys.modules["catalyst.data"]
+    sys.modules["catalyst.data"].sampler = sys.modules["catalyst.data.sampler"] = ours
+
+
+def _supply_pysox(module: ModuleType) -> None:
+    sys.modules["sox"] = importlib.import_module(f"{__package__}.placeholders")
+
+
+# ------------------------------------------------------------------------------------------------- s3prl itself
+
+_CORPORA = ("librispeech", "libriphone", "snips", "common_voice")
+
+
+def _no_corpora(module: ModuleType) -> bool:
+    return importlib.util.find_spec("s3prl.downstream.ctc.corpus") is None
+
+
+def _supply_corpora(module: ModuleType) -> None:
+    package = importlib.import_module(f"{__package__}.ctc_corpus")
+    module.corpus = sys.modules["s3prl.downstream.ctc.corpus"] = package
+    for name in _CORPORA:
+        sys.modules[f"s3prl.downstream.ctc.corpus.{name}"] = importlib.import_module(f"{__package__}.ctc_corpus.{name}")
+
+
+def _is_torchaudio_without_info(module: ModuleType) -> bool:
+    """A child process imports plain torchaudio, so this cannot ask whether *this* process has a stand-in."""
+    ours = sys.modules.get(f"{__package__}.torchaudio_io")
+    return not hasattr(module.torchaudio, "info") or (ours is not None and module.torchaudio.info is ours.info)
+
+
+def _supply_torchaudio(module: ModuleType) -> None:
+    module.torchaudio = importlib.import_module(f"{__package__}.torchaudio_io")
+
+
+STANDINS: tuple[Entry, ...] = (
+    Entry(
+        "torchaudio.set_audio_backend",
+        "torchaudio 2.9",
+        ("run_downstream.py:157", "upstream/byol_s/byol_a/common.py:20", "dataio/dataset/load_audio.py:10"),
+        "set_audio_backend",
+        "accepts the old names; there is one reader",
+        ("torchaudio",),
+        _lacks("set_audio_backend"),
+        _set("torchaudio_io", "set_audio_backend"),
+    ),
+    Entry(
+        "torchaudio.load without TorchCodec",
+        "torchaudio 2.9",
+        (
+            "downstream/voxceleb1/dataset.py:106",
+            "downstream/ctc/data.py:16",
+            "downstream/asr/dataset.py:112",
+            "downstream/fluent_commands/dataset.py:27",
+            "downstream/emotion/dataset.py:29",
+            "downstream/emotion/dataset.py:36",
+            "downstream/runner.py:514",
+        ),
+        "torchaudio.load(",
+        "reads through soundfile",
+        ("torchaudio",),
+        _needs_torchcodec,
+        _set("torchaudio_io", "load"),
+    ),
+    Entry(
+        "torchaudio.save without TorchCodec",
+        "torchaudio 2.9",
+        ("util/pseudo_data.py:37",),
+        "torchaudio.save(",
+        "writes WAV and FLAC through soundfile",
+        ("torchaudio",),
+        _needs_torchcodec,
+        _set("torchaudio_io", "save"),
+    ),
+    Entry(
+        "torchaudio.info",
+        "torchaudio 2.9",
+        ("util/audio_info.py:51",),
+        "torchaudio.info(",
+        "reads the header through soundfile",
+        ("torchaudio",),
+        _lacks("info"),
+        _set("torchaudio_io", "info", "AudioMetaData"),
+    ),
+    Entry(
+        "torchaudio.sox_effects",
+        "torchaudio 2.9, or no libsox.so",
+        (
+            "upstream/mos_prediction/expert.py:9",
+            "downstream/speech_commands/dataset.py:5",
+            "downstream/sv_voxceleb1/dataset.py:19",
+            "downstream/quesst14_dtw/dataset.py:5",
+        ),
+        "sox_effects",
+        "channels, rate, gain, silence by the sox program or equal arithmetic; any other effect raises",
+        ("torchaudio",),
+        _no_sox,
+        _supply_sox,
+    ),
+    Entry(
+        "torchaudio in joblib children of util.audio_info",
+        "torchaudio 2.9",
+        ("util/audio_info.py:50", "util/audio_info.py:51"),
+        "torchaudio.",
+        "a module that children import by reference",
+        ("s3prl.util.audio_info",),
+        _is_torchaudio_without_info,
+        _supply_torchaudio,
+    ),
+    Entry(
+        "torch.load of experiment checkpoints",
+        "torch 2.6",
+        ("run_downstream.py:112", "run_downstream.py:171", "downstream/runner.py:91"),
+        "torch.load(",
+        "allows argparse.Namespace in s3prl's own checkpoints, nothing else",
+        ("s3prl.hub", "s3prl.downstream.runner"),
+        _no_namespaces,
+        lambda module: importlib.import_module(f"{__package__}.torch_load").put_in_place(),
+    ),
+    Entry(
+        "huggingface_hub.HfFolder",
+        "huggingface_hub 1.0",
+        ("run_downstream.py:17", "downstream/runner.py:27"),
+        "HfFolder",
+        "gives the stored token; raises for anything else",
+        ("huggingface_hub",),
+        _lacks("HfFolder"),
+        _set("hub_names", "HfFolder"),
+    ),
+    Entry(
+        "huggingface_hub.Repository",
+        "huggingface_hub 1.0",
+        ("downstream/runner.py:27",),
+        "Repository",
+        "raises when used",
+        ("huggingface_hub",),
+        _lacks("Repository"),
+        _set("hub_names", "Repository"),
+    ),
+    Entry(
+        "HfApi.login",
+        "huggingface_hub 0.13",
+        ("run_downstream.py:188",),
+        "HfApi().login(",
+        "gives the stored token, raises if there is none",
+        ("s3prl.downstream.runner",),
+        lambda module: not hasattr(module.HfApi, "login"),
+        _supply_login,
+    ),
+    Entry(
+        "HfApi.create_repo(name=)",
+        "huggingface_hub 0.13",
+        ("downstream/runner.py:543",),
+        "create_repo(",
+        "takes name and organization as before, for the runner only",
+        ("s3prl.downstream.runner",),
+        _old_call_refused("HfApi.create_repo", "name"),
+        _supply_runner_api,
+    ),
+    Entry(
+        "snapshot_download(use_auth_token=)",
+        "huggingface_hub 1.0",
+        ("downstream/runner.py:125",),
+        "use_auth_token",
+        "takes use_auth_token and a positional revision as before",
+        ("huggingface_hub",),
+        _old_call_refused("snapshot_download", "use_auth_token"),
+        _set("hub_names", "snapshot_download"),
+    ),
+    Entry(
+        "numpy.int",
+        "numpy 1.24",
+        (
+            "upstream/wav2vec2/wav2vec2_model.py:2028",
+            "upstream/wavlm/WavLM.py:126",
+            "upstream/lighthubert/lighthubert/lighthubert.py:121",
+        ),
+        "np.int,",
+        "the built-in int, in those three modules only",
+        (
+            "s3prl.upstream.wav2vec2.wav2vec2_model",
+            "s3prl.upstream.wavlm.WavLM",
+            "s3prl.upstream.lighthubert.lighthubert.lighthubert",
+        ),
+        _numpy_lacks("int"),
+        _supply_numpy,
+    ),
+    Entry(
+        "numpy.complex",
+        "numpy 1.24",
+        ("utility/audio.py:106",),
+        "np.complex",
+        "the built-in complex, in that module only",
+        ("s3prl.utility.audio",),
+        _numpy_lacks("complex"),
+        _supply_numpy,
+    ),
+    Entry(
+        "catalyst.data.sampler.DistributedSamplerWrapper",
+        "not required by s3prl",
+        ("downstream/speech_commands/expert.py:11",),
+        "DistributedSamplerWrapper",
+        "the one class, if catalyst is not installed",
+        ("s3prl.downstream.runner",),
+        _not_installed("catalyst"),
+        _supply_catalyst,
+    ),
+    Entry(
+        "sox.Transformer",
+        "not required by s3prl",
+        ("downstream/sv_voxceleb1/dataset.py:14",),
+        "Transformer",
+        "a name that raises when used (s3prl imports it and does not use it)",
+        ("s3prl.downstream.runner",),
+        _not_installed("sox"),
+        _supply_pysox,
+    ),
+    Entry(
+        "s3prl.downstream.ctc.corpus",
+        "never in s3prl's PyPI package",
+        (
+            "downstream/ctc/data.py:57",
+            "downstream/ctc/data.py:59",
+            "downstream/ctc/data.py:61",
+            "downstream/ctc/data.py:63",
+        ),
+        "from .corpus.",
+        "the four corpora, written anew",
+        ("s3prl.downstream.ctc",),
+        _no_corpora,
+        _supply_corpora,
+    ),
+    Entry(
+        "SID cache keyed by corpus",
+        "never in s3prl",
+        ("downstream/voxceleb1/dataset.py:18",),
+        "CACHE_PATH",
+        "path lists go to EXPDIR/s3prl_cache/voxceleb1",
+        ("s3prl.downstream.voxceleb1.dataset",),
+        lambda module: hasattr(module, "CACHE_PATH"),
+        _call("recipe_caches", "redirect_path_lists"),
+    ),
+    Entry(
+        "ASV cache keyed by corpus",
+        "never in s3prl",
+        ("downstream/sv_voxceleb1/dataset.py:40",),
+        ".wav_lengths",
+        "trimmed lengths go to EXPDIR/s3prl_cache/sv_voxceleb1",
+        ("s3prl.downstream.sv_voxceleb1.dataset",),
+        lambda module: hasattr(module, "SpeakerVerifi_train"),
+        _call("recipe_caches", "redirect_lengths"),
+    ),
+    Entry(
+        "SID experiment folder for caches",
+        "never in s3prl",
+        ("downstream/voxceleb1/expert.py:47",),
+        "expdir",
+        "the dataset learns where the experiment is",
+        ("s3prl.downstream.voxceleb1.expert",),
+        lambda module: hasattr(module, "DownstreamExpert"),
+        _call("recipe_caches", "remember_expdir"),
+    ),
+    Entry(
+        "ASV experiment folder for caches",
+        "never in s3prl",
+        ("downstream/sv_voxceleb1/expert.py:54",),
+        "expdir",
+        "the dataset learns where the experiment is",
+        ("s3prl.downstream.sv_voxceleb1.expert",),
+        lambda module: hasattr(module, "DownstreamExpert"),
+        _call("recipe_caches", "remember_expdir"),
+    ),
+    Entry(
+        "ASV on the device of --device",
+        "never in s3prl",
+        ("downstream/sv_voxceleb1/expert.py:216", "downstream/sv_voxceleb1/expert.py:223"),
+        ".cuda()",
+        "the attention mask goes where the features are",
+        ("s3prl.downstream.sv_voxceleb1.expert",),
+        lambda module: hasattr(module, "DownstreamExpert"),
+        _call("devices", "follow_the_features"),
+    ),
+)
