@@ -344,7 +344,7 @@ class RirBank:
 
     >>> import soundfile, tempfile
     >>> name = tempfile.mkstemp(suffix=".wav")[1]
-    >>> soundfile.write(name, [0.0, 0.0, 0.01, 0.005], 16000)  # direct path after 2 samples, then an echo of half size
+    >>> soundfile.write(name, [0.0, 0.0, 0.01, 0.005], 16000, "FLOAT")  # direct path, echo of half size
     >>> out = RirBank([name], 16000, 1.0).convolve(np.array([1, 0, 0, 0], dtype=np.float32), 0)
     >>> (out / out[0]).round(3)
     array([1. , 0.5, 0. , 0. ], dtype=float32)
