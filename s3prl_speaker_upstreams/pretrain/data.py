@@ -75,7 +75,8 @@ class DataError(SpeakerUpstreamError, OSError):
 
 
 class Fault(NamedTuple):
-    """An utterance that could not be used: ``kind`` is ``unreadable``, ``damaged`` (cut off, not finite) or ``silent``."""
+    """An utterance that could not be used: ``kind`` is ``unreadable``, ``damaged`` (cut off, not finite) or
+    ``silent``."""
 
     kind: str
     path: str
@@ -168,9 +169,7 @@ class _Source:
         # Some context on both sides, so that the filter of the resampler has settled where the piece begins.
         margin = 0 if rate == 1 else min(int(low * rate), 256)
         first = int(low * rate) - margin
-        last = (
-            available if high == total else min(available, int(np.ceil((high - low) * rate)) + first + 2 * margin + 1)
-        )
+        last = available if high == total else min(available, first + margin + int(np.ceil((high - low) * rate)) + 256)
         if rate == 1:
             last = min(high, available)
         wav = read_piece(item.path, first, last - first)[0] if whole is None else _float(whole[first:last])
