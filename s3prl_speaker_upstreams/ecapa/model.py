@@ -1,0 +1,300 @@
+"""ECAPA-TDNN (arXiv 2005.07143) on real frames only: every utterance gets what it would get alone, in any batch.
+
+The originals pad a batch to its longest utterance and their convolutions read that padding: SpeechBrain's ``block_4`` of a short
+utterance is off by 75 % beside a long one. Here a batch is a :class:`~.ragged.Ragged` matrix of real frames; before every
+convolution the frames beyond an utterance's own ends hold what a run alone would see there (its reflection, or zeros), and means,
+softmax and batch statistics run over real frames only.
+
+Two ways through the same weights: this module's differentiable one (training, fine-tuning), and :mod:`.inference`, which the model
+takes by itself in eval mode when no gradients are recorded.
+
+Short input: any utterance of at least one frame works. A reflection longer than the utterance is folded back repeatedly (as
+``np.pad`` does); the variance of a single frame is zero before its floor, also where the original divides by n - 1.
+
+Fine-tuning: in train mode BatchNorm takes its statistics over the real frames of the batch. Where a batch holds a single value per
+channel (one frame in all; for ``pool_norm`` and ``embedding_norm`` one utterance) no variance exists: the running statistics
+are used, and not updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .config import EcapaConfig, FrontendConfig
+from .frontend import Frontend
+from .ragged import Gaps, Ragged, patches
+
+__all__ = ["OUTPUTS", "BatchNorm", "Ecapa", "SpeakerEncoder"]
+
+OUTPUTS = ("hidden_states", "mfa", "pooled", "embedding")
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of (values, channels); a single value is normalised by the running statistics.
+
+    >>> norm = BatchNorm(3).train()
+    >>> norm(torch.ones(1, 3)).isfinite().all().item(), norm.num_batches_tracked.item()
+    (True, 0)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        self.num_batches_tracked.add_(1)
+        # As a one-row image in channels-last order, which PyTorch's CPU kernel reads in memory order.
+        image = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
+        y = F.batch_norm(
+            image, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+        )
+        return y.permute(0, 2, 3, 1).reshape(x.shape)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, ReLU, batch normalisation (the last where ``norm``)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(inputs, outputs, kernel_size)
+        if norm:
+            self.norm = BatchNorm(outputs)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """What follows the convolution: y : (frames, channels)."""
+        y = F.relu(y)
+        return self.norm(y) if hasattr(self, "norm") else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pointwise: x : (frames, channels)."""
+        return self.finish(_pointwise(x, self.conv))
+
+
+def _pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
+    return F.linear(x, conv.weight[:, :, 0], conv.bias)
+
+
+class SqueezeExcitation(nn.Module):
+    """Per-utterance channel gains from the mean over its frames."""
+
+    def __init__(self, channels: int, bottleneck: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(channels, bottleneck, 1)
+        self.conv2 = nn.Conv1d(bottleneck, channels, 1)
+
+    def gains(self, mean: Tensor) -> Tensor:
+        """mean : (utterances, channels) -> (utterances, channels)."""
+        return torch.sigmoid(_pointwise(F.relu(_pointwise(mean, self.conv1)), self.conv2))
+
+
+class Block(nn.Module):
+    """SE-Res2 block: pointwise, Res2 convolutions of kernel 3, pointwise, squeeze-excitation, residual."""
+
+    def __init__(self, cfg: EcapaConfig, dilation: int) -> None:
+        super().__init__()
+        self.cfg, self.dilation = cfg, dilation
+        width = cfg.channels // cfg.res2_scale
+        self.tdnn1 = ConvNorm(cfg.channels, cfg.channels)
+        self.res2 = nn.ModuleList(ConvNorm(width, width, 3) for _ in range(cfg.res2_scale - 1))
+        self.tdnn2 = ConvNorm(cfg.channels, cfg.channels)
+        self.se = SqueezeExcitation(cfg.channels, cfg.se_channels)
+
+    def forward(self, x: Ragged) -> Ragged:
+        y = self.tdnn2(self._res2(Ragged(self.tdnn1(x.data), x.lengths)))
+        gains = self.se.gains(torch.cat([g.mean(1) for g in Ragged(y, x.lengths).grids()]))
+        scaled, first = [], 0
+        for grid in Ragged(y, x.lengths).grids():
+            scaled.append((grid * gains[first : first + len(grid), None]).flatten(0, 1))
+            first += len(grid)
+        return Ragged(x.data + torch.cat(scaled), x.lengths)
+
+    def _res2(self, x: Ragged) -> Tensor:
+        chunks = x.data.chunk(self.cfg.res2_scale, 1)
+        first = self.cfg.res2_identity == "first"
+        outputs, y = [], None
+        for tdnn, chunk in zip(self.res2, chunks[1:] if first else chunks[:-1], strict=True):
+            y = chunk if y is None else chunk + y
+            y = tdnn.finish(self._dilated(Ragged(y, x.lengths), tdnn.conv))
+            outputs.append(y)
+        return torch.cat([chunks[0], *outputs] if first else [*outputs, chunks[-1]], 1)
+
+    def _dilated(self, x: Ragged, conv: nn.Conv1d) -> Tensor:
+        """Convolution of kernel 3 within each utterance: (frames, channels) -> (frames, channels)."""
+        width, zeros = self.dilation, self.cfg.padding == "zeros"
+        batch, length = len(x.lengths), x.lengths[0]
+        equal = all(n == length for n in x.lengths)
+        gaps = None if equal else Gaps.of(x.lengths, width, x.data.device)
+        if equal:
+            rows = x.data.view(batch, length, -1)
+            if not zeros:
+                rows = _mirror(rows, width)
+        elif zeros:
+            rows = x.data.new_zeros(1, len(gaps.source), x.data.shape[1])
+            rows = rows[0].index_copy(0, gaps.real, x.data)[None]
+        else:
+            # Embedding rather than indexing: the same gather, with a fast backward pass.
+            rows = F.embedding(gaps.source, x.data)[None]
+        # (batch, rows, channels) as an image of one line, channels last in memory: no copies.
+        y = F.conv2d(
+            rows.unsqueeze(1).permute(0, 3, 1, 2),
+            conv.weight[:, :, None],
+            conv.bias,
+            padding=(0, width if equal and zeros else 0),
+            dilation=(1, width),
+        )
+        y = y.permute(0, 2, 3, 1).flatten(0, 2)
+        return y if equal else F.embedding(gaps.real - width, y)
+
+
+def _mirror(x: Tensor, width: int) -> Tensor:
+    """x : (batch, frames, channels) with ``width`` mirrored frames before and behind."""
+    if x.shape[1] > width:
+        return torch.cat([x[:, 1 : width + 1].flip(1), x, x[:, -width - 1 : -1].flip(1)], 1)
+    return x[:, Gaps.of([x.shape[1]], width, x.device).source]
+
+
+class Pooling(nn.Module):
+    """Attentive statistics pooling: (frames, M) of each utterance -> (2M,) weighted mean and deviation."""
+
+    def __init__(self, cfg: EcapaConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        width = cfg.mfa_channels
+        self.conv1 = nn.Conv1d(3 * width if cfg.attention_context else width, cfg.attention_channels, 1)
+        if cfg.attention_hidden == "relu_norm_tanh":
+            self.norm = BatchNorm(cfg.attention_channels)
+        self.conv2 = nn.Conv1d(cfg.attention_channels, width, 1)
+
+    def forward(self, x: Ragged) -> Tensor:
+        grids = list(x.grids())
+        hidden = F.linear(x.data, self.conv1.weight[:, : self.cfg.mfa_channels, 0], self.conv1.bias)
+        if self.cfg.attention_context:
+            # The context is constant over an utterance: its part of the product is computed once for each.
+            context = torch.cat([self._context(grid) for grid in grids])
+            context = F.linear(context.to(x.data.dtype), self.conv1.weight[:, self.cfg.mfa_channels :, 0])
+            repeats = torch.tensor(x.lengths, device=context.device)
+            hidden = hidden + context.repeat_interleave(repeats, 0, output_size=len(x.data))
+        if self.cfg.attention_hidden == "relu_norm_tanh":
+            hidden = self.norm(F.relu(hidden))
+        scores = Ragged(_pointwise(torch.tanh(hidden), self.conv2), x.lengths)
+        return torch.cat([self._weighted(grid, score) for grid, score in zip(grids, scores.grids(), strict=True)])
+
+    def _context(self, x: Tensor) -> Tensor:
+        """Mean and deviation over the frames of x : (utterances, frames, M)."""
+        cfg, x = self.cfg, x.float()
+        mean = x.mean(1)
+        total = (x - mean[:, None]).square().sum(1)
+        var = total / max(1, x.shape[1] - 1 if cfg.context_var_unbiased else x.shape[1])
+        floor = cfg.context_var_floor
+        var = var + floor if cfg.context_var_floor_mode == "add" else var.clamp(min=floor)
+        return torch.cat([mean, var.sqrt()], 1)
+
+    def _weighted(self, x: Tensor, scores: Tensor) -> Tensor:
+        """Mean and deviation under softmax weights over the frames; both (utterances, frames, M)."""
+        x, weights = x.float(), scores.float().softmax(1)
+        mean = (weights * x).sum(1)
+        if self.cfg.pool_var == "centred":
+            var = (weights * (x - mean[:, None]).square()).sum(1)
+        else:
+            var = (weights * x.square()).sum(1) - mean.square()
+        return torch.cat([mean, var.clamp(min=self.cfg.pool_var_floor).sqrt()], 1)
+
+
+class Ecapa(nn.Module):
+    """The network from features to embedding.
+
+    >>> model = Ecapa(EcapaConfig(channels=32, mfa_channels=96)).eval()
+    >>> out = model(Ragged(torch.randn(50, 80), [40, 10]), outputs=("hidden_states", "embedding"))
+    >>> len(out["hidden_states"]), out["hidden_states"][3].data.shape, out["embedding"].shape
+    (4, torch.Size([50, 32]), torch.Size([2, 192]))
+    """
+
+    def __init__(self, cfg: EcapaConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.block_1 = ConvNorm(cfg.n_mels, cfg.channels, cfg.kernel_size)
+        self.block_2, self.block_3, self.block_4 = (Block(cfg, d) for d in cfg.dilations)
+        self.mfa = ConvNorm(3 * cfg.channels, cfg.mfa_channels, norm=cfg.mfa_norm)
+        self.pool = Pooling(cfg)
+        self.pool_norm = BatchNorm(2 * cfg.mfa_channels)
+        self.embedding = nn.Linear(2 * cfg.mfa_channels, cfg.embedding_dim)
+        if cfg.embedding_norm:
+            self.embedding_norm = BatchNorm(cfg.embedding_dim)
+
+    def forward(
+        self, features: Ragged, outputs: Sequence[str] = ("hidden_states",)
+    ) -> dict[str, Tensor | Ragged | tuple[Ragged, ...]]:
+        """The asked ``outputs``, computing no further than needed.
+
+        features : Ragged of (frames, n_mels)
+        "hidden_states" : tuple of Ragged (frames, channels), block_1 .. block_4; "mfa" : Ragged (frames, mfa_channels);
+        "pooled" : (utterances, 2 mfa_channels); "embedding" : (utterances, embedding_dim)
+
+        Raises ConfigError on an unknown output.
+        """
+        unknown = [name for name in outputs if name not in OUTPUTS]
+        if unknown or not outputs:
+            raise ConfigError(f"Ecapa: got outputs={list(outputs)}, expected some of {list(OUTPUTS)}")
+        hidden_states = self._blocks(features)
+        found: dict = {"hidden_states": hidden_states}
+        if set(outputs) != {"hidden_states"}:
+            x = torch.cat([h.data for h in hidden_states[1:]], 1)
+            found["mfa"] = Ragged(self.mfa(x), hidden_states[0].lengths)
+        if "pooled" in outputs or "embedding" in outputs:
+            found["pooled"] = self.pool(found["mfa"])
+        if "embedding" in outputs:
+            x = self.embedding(self.pool_norm(found["pooled"]))
+            found["embedding"] = self.embedding_norm(x) if self.cfg.embedding_norm else x
+        return {name: found[name] for name in outputs}
+
+    def _blocks(self, features: Ragged) -> tuple[Ragged, ...]:
+        cfg = self.cfg
+        x, lengths = patches(features, cfg.kernel_size, cfg.stride, cfg.padding)
+        conv = self.block_1.conv
+        x = F.linear(x, conv.weight.transpose(1, 2).flatten(1), conv.bias)
+        states = [Ragged(self.block_1.finish(x), lengths)]
+        total = states[0].data
+        for block in (self.block_2, self.block_3, self.block_4):
+            states.append(block(Ragged(total, lengths) if cfg.block_wiring == "cumulative" else states[-1]))
+            if cfg.block_wiring == "cumulative":
+                total = total + states[-1].data
+        return tuple(states)
+
+
+class SpeakerEncoder(nn.Module):
+    """Front-end and network: waveforms in, hidden states out.
+
+    >>> encoder = SpeakerEncoder(EcapaConfig(channels=32, mfa_channels=96), FrontendConfig()).eval()
+    >>> out = encoder([torch.randn(16000), torch.randn(800)])
+    >>> [h.lengths for h in out["hidden_states"]], encoder.downsample_rate, encoder.hidden_size
+    ([[101, 6], [101, 6], [101, 6], [101, 6]], 160, 32)
+    """
+
+    def __init__(self, ecapa: EcapaConfig, frontend: FrontendConfig, **frontend_buffers: Tensor) -> None:
+        super().__init__()
+        if ecapa.n_mels != frontend.n_mels:
+            raise ConfigError(f"got {frontend.n_mels} mel bands and a network for {ecapa.n_mels}; they must be equal")
+        self.frontend = Frontend(frontend, **frontend_buffers)
+        self.ecapa = Ecapa(ecapa)
+
+    @property
+    def downsample_rate(self) -> int:
+        """Samples per hidden-state frame."""
+        return self.frontend.cfg.hop_length * self.ecapa.cfg.stride
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.ecapa.cfg.channels
+
+    def forward(
+        self, wavs: Sequence[Tensor], outputs: Sequence[str] = ("hidden_states",)
+    ) -> dict[str, Tensor | Ragged | tuple[Ragged, ...]]:
+        """As :meth:`Ecapa.forward`, from a list of (samples,) waveforms; "fbank" adds the features : Ragged."""
+        features = self.frontend(wavs)
+        rest = [name for name in outputs if name != "fbank"]
+        found = self.ecapa(features, rest) if rest else {}
+        return {**found, "fbank": features} if "fbank" in outputs else found
