@@ -1,0 +1,183 @@
+"""Configuration to running parts: manifest, augmentation, loader, trial list, trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ecapa import Frontend, SpeakerEncoder
+from ..errors import ConfigError
+from .config import AugmentSection, PretrainConfig
+from .distributed import is_main, rank, world_size
+from .tasks import model_configs
+from .trainer import Trainer, pick_device, start_distributed
+from .typed import to_dict
+
+__all__ = ["build_trainer", "embed_with", "make_augmenter", "make_manifest"]
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_RATE = 16000
+
+
+def make_manifest(config: PretrainConfig) -> Any:
+    """One manifest of all ``data.train`` folders and lists; several are put one behind the other."""
+    from .manifest import Manifest, build_manifest
+
+    data = config.data
+    if not data.train:
+        raise ConfigError("data.train is empty: pass --data FOLDER (wav or flac), or a list file of paths")
+    cache = Path(data.manifest_cache) if data.manifest_cache else None
+    parts = []
+    for source in data.train:
+        part = build_manifest(
+            source,
+            layout=data.layout,
+            min_seconds=data.min_seconds,
+            silence_db=data.silence_db,
+            cache=cache,
+            progress=is_main(),
+        )
+        logger.info("%s: %s", source, part.report)
+        parts.append(part)
+    if len(parts) == 1:
+        return parts[0]
+    utterances = [(f"{i}/{u.id}", u) for i, part in enumerate(parts) for u in part]
+    return Manifest(
+        [name for name, _ in utterances],
+        [u.samples for _, u in utterances],
+        [u.sample_rate for _, u in utterances],
+        [u.speaker for _, u in utterances],
+        paths=[u.path for _, u in utterances],
+    )
+
+
+def make_augmenter(section: AugmentSection) -> Any:
+    """The augmenter, or None where nothing is switched on."""
+    from .augment import AugmentConfig, Augmenter
+
+    values = to_dict(section)
+    values["snr_db"] = tuple(values["snr_db"])
+    nothing = not section.noise and not section.rirs and section.band_limit_hz is None
+    if nothing and not (section.equaliser_p or section.band_p or section.gain_p):
+        return None
+    return Augmenter(AugmentConfig.from_dict(values), sample_rate=SAMPLE_RATE)
+
+
+def _log_mels(config: PretrainConfig) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
+    """Front-end before normalisation, NumPy in and out."""
+    _, frontend_config = model_configs(config.model)
+    frontend = Frontend(frontend_config.replace(normalisation="none"))
+
+    @torch.no_grad()
+    def features(wavs: list[np.ndarray]) -> list[np.ndarray]:
+        ragged = frontend([torch.from_numpy(np.ascontiguousarray(w, dtype=np.float32)) for w in wavs])
+        return [x.numpy() for x in ragged.split()]
+
+    return features
+
+
+def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
+    """(loader, batches an epoch, classes) for this process."""
+    from . import data as pipeline
+
+    data, run = config.data, config.run
+    augmenter = make_augmenter(data.augment)
+    classes = 0
+    if config.method == "supervised":
+        dataset = pipeline.LabelledCropDataset(
+            manifest,
+            seconds=data.seconds,
+            speeds=tuple(data.speeds),
+            augment=augmenter,
+            seed=run.seed,
+            sample_rate=SAMPLE_RATE,
+            cache_mb=data.cache_mb,
+        )
+        classes = dataset.n_classes
+    else:
+        crops = {
+            "n_global": data.global_crops,
+            "n_local": data.local_crops,
+            "global_seconds": data.global_seconds,
+            "local_seconds": data.local_seconds,
+            "augment": augmenter,
+            "seed": run.seed,
+            "sample_rate": SAMPLE_RATE,
+        }
+        if data.feature_versions:
+            dataset = pipeline.CachedFeatureDataset(
+                manifest,
+                features=_log_mels(config),
+                hop=model_configs(config.model)[1].hop_length,
+                versions=data.feature_versions,
+                **crops,
+            )
+        else:
+            dataset = pipeline.MultiCropDataset(manifest, cache_mb=data.cache_mb, **crops)
+    sampler = pipeline.BatchSampler(
+        len(manifest), run.batch * world_size(), seed=run.seed, rank=rank(), world_size=world_size()
+    )
+    pin = run.device != "cpu" and torch.cuda.is_available()
+    loader = pipeline.Loader(dataset, sampler, workers=data.workers, prefetch=data.prefetch, pin_memory=pin)
+    return loader, sampler.batches_per_epoch, classes
+
+
+def embed_with(encoder: SpeakerEncoder, batch: int = 16) -> Callable[[list[np.ndarray]], np.ndarray]:
+    """``encoder`` as a function from a list of 1-D float32 arrays to ``(utterances, dim)`` embeddings."""
+
+    @torch.inference_mode()
+    def embed(wavs: list[np.ndarray]) -> np.ndarray:
+        encoder.eval()
+        rows = []
+        for start in range(0, len(wavs), batch):
+            part = [torch.from_numpy(np.ascontiguousarray(w, dtype=np.float32)) for w in wavs[start : start + batch]]
+            rows.append(encoder(part, outputs=("embedding",))["embedding"].numpy())
+        return np.concatenate(rows)
+
+    return embed
+
+
+def make_evaluation(config: PretrainConfig) -> Callable[[SpeakerEncoder], dict[str, float]] | None:
+    """Verification on ``eval.trials`` with cosine scores after mean subtraction, or None without a trial list."""
+    if config.eval.trials is None:
+        return None
+    from .evaluate import verification
+
+    trials, root = config.eval.trials, config.eval.root or str(Path(config.eval.trials).parent)
+
+    def evaluate(encoder: SpeakerEncoder) -> dict[str, float]:
+        result = verification(embed_with(encoder), trials, root)
+        return {k: v for k, v in result.items() if isinstance(v, float)}
+
+    return evaluate
+
+
+def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bool = False) -> Trainer:
+    """Everything of a run, in this process; joins torchrun's group first."""
+    device = pick_device(config.run.device)
+    start_distributed(device)
+    manifest = make_manifest(config)
+    loader, batches, classes = make_loader(config, manifest)
+    data = {
+        "sources": [str(Path(s).name) for s in config.data.train],
+        "fingerprint": manifest.fingerprint,
+        "utterances": len(manifest),
+        "hours": round(float(manifest.seconds) / 3600, 4),
+        "speakers": len(manifest.speakers) if config.method == "supervised" else 0,
+    }
+    return Trainer(
+        config,
+        out,
+        loader=loader,
+        batches_per_epoch=batches,
+        classes=classes,
+        data=data,
+        evaluate=make_evaluation(config),
+        changed_config=changed_config,
+    )

@@ -1,0 +1,195 @@
+"""Checkpoints of a run that appear whole or not at all, are verified when read, and fall back to the one before.
+
+A checkpoint is ``step_00000150.pt`` with its SHA-256 in ``step_00000150.pt.sha256``. It is written beside, flushed to the
+disk and renamed; a kill at any moment leaves the previous one. Reading uses ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import CheckpointUnreadable
+
+__all__ = ["CheckpointStore", "load_rng", "rng_state", "write_text"]
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"^step_(\d{8})\.pt$")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file beside and rename it into place."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def rng_state() -> dict[str, Any]:
+    """States of Python's, NumPy's and PyTorch's generators (CPU and every GPU), readable by ``weights_only=True``."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries below us may draw from it
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def load_rng(state: dict[str, Any]) -> None:
+    """Set the generators to what :func:`rng_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class CheckpointStore:
+    """The checkpoints of one run in ``folder``: the last ``keep_last`` and the best.
+
+    >>> import tempfile
+    >>> store = CheckpointStore(tempfile.mkdtemp(), keep_last=2)
+    >>> for step in (1, 2, 3): _ = store.save(step, {"x": torch.tensor(step)})
+    >>> [p.name for p in store.paths()], int(store.load_newest()[0]["x"])
+    (['step_00000002.pt', 'step_00000003.pt'], 3)
+    """
+
+    def __init__(self, folder: str | Path, keep_last: int = 3) -> None:
+        self.folder, self.keep_last = Path(folder), keep_last
+
+    def paths(self) -> list[Path]:
+        """Checkpoints on disk, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(p for p in self.folder.iterdir() if _NAME.match(p.name))
+
+    @staticmethod
+    def step_of(path: Path) -> int:
+        """Optimizer steps done at a checkpoint, from its name."""
+        match = _NAME.match(path.name)
+        if match is None:
+            raise CheckpointUnreadable(f"{path}: expected a name like step_00000150.pt")
+        return int(match.group(1))
+
+    def save(self, step: int, state: dict[str, Any]) -> Path | None:
+        """Write ``state``; returns the path, or None if the disk refused (logged; older checkpoints are kept).
+
+        Training goes on without this checkpoint: losing some minutes at the next kill is better than stopping now.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".step_*.part"):  # of a run that was killed while writing
+            stale.unlink(missing_ok=True)
+        path = self.folder / f"step_{step:08d}.pt"
+        temporary = self.folder / f".{path.name}.part"
+        try:
+            with open(temporary, "wb") as stream:
+                torch.save(state, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            digest = _sha256(temporary)
+            write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n")
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            temporary.unlink(missing_ok=True)
+            if not path.exists():
+                path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+            kept = self.paths()
+            logger.error(
+                "step %d: the checkpoint could not be written (%s); %s. Free space in %s; training goes on.",
+                step,
+                error,
+                f"{kept[-1].name} is still whole and would be resumed from" if kept else "there is no older one",
+                self.folder,
+            )
+            return None
+        self._prune()
+        return path
+
+    def _prune(self) -> None:
+        best = self.best()
+        for path in self.paths()[: -self.keep_last]:
+            if best is None or path.name != best[0].name:
+                path.unlink(missing_ok=True)
+                path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+
+    def mark_best(self, step: int, value: float, name: str = "eer") -> None:
+        """Remember the checkpoint of ``step`` as the best by ``name`` (smaller is better)."""
+        write_text(self.folder / "best.json", json.dumps({"step": step, name: value, "metric": name}) + "\n")
+
+    def best(self) -> tuple[Path, float] | None:
+        """The best checkpoint and its value, or None if there is none."""
+        try:
+            record = json.loads((self.folder / "best.json").read_text())
+            return self.folder / f"step_{record['step']:08d}.pt", float(record[record["metric"]])
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    @staticmethod
+    def load(path: str | Path) -> dict[str, Any]:
+        """One checkpoint, verified.
+
+        Raises CheckpointUnreadable if it is missing, differs from its recorded SHA-256, or cannot be read.
+        """
+        path = Path(path)
+        record = path.with_name(path.name + ".sha256")
+        if not path.is_file():
+            raise CheckpointUnreadable(f"{path}: no such checkpoint")
+        if record.is_file():
+            expected, got = record.read_text().split()[0], _sha256(path)
+            if got != expected:
+                raise CheckpointUnreadable(f"{path}: corrupt: SHA-256 {got[:12]}..., expected {expected[:12]}...")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # noqa: BLE001 - unpickling a damaged file may raise nearly anything
+            raise CheckpointUnreadable(f"{path}: not readable: {type(error).__name__}: {error}") from error
+
+    def load_newest(self) -> tuple[dict[str, Any], Path] | None:
+        """The newest checkpoint that can be read; unreadable newer ones are reported and set aside as ``*.corrupt``.
+
+        None if there is no checkpoint at all. Raises CheckpointUnreadable if there are some and none can be read.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                state = self.load(path)
+            except CheckpointUnreadable as error:
+                logger.error("%s; falling back to the checkpoint before it", error)
+                os.replace(path, path.with_name(path.name + ".corrupt"))
+                path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+                continue
+            return state, path
+        if paths:
+            raise CheckpointUnreadable(
+                f"{self.folder}: none of {len(paths)} checkpoints can be read; remove the folder to start anew"
+            )
+        return None

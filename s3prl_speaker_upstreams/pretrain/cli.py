@@ -1,0 +1,202 @@
+"""Command line of pre-training: ``pretrain``, ``evaluate``, ``export``, ``average``; hooked in by the package's CLI."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_parsers"]
+
+logger = logging.getLogger(__name__)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    import yaml
+
+    from .config import load
+
+    overrides = list(args.set)
+    config = load(args.preset, file=args.config, overrides=overrides)
+    if args.data:
+        config.data.train = list(args.data)
+    if args.noise:
+        config.data.augment.noise = args.noise
+    if args.rirs:
+        config.data.augment.rirs = args.rirs
+    if args.trials:
+        config.eval.trials, config.eval.root = args.trials, args.trials_root
+    if args.show:
+        sys.stdout.write(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        return 0
+    from ..errors import ConfigError
+    from .assemble import build_trainer
+    from .distributed import is_main
+    from .export import export
+
+    if args.out is None:
+        raise ConfigError("--out FOLDER is needed: checkpoints, logs and the exported model go there")
+    trainer = build_trainer(config, args.out, changed_config=args.changed_config)
+    if is_main():
+        sys.stderr.write(trainer.describe() + "\n")
+    trainer.run(stop_after=args.stop_after)
+    trainer.loader.close()
+    if is_main() and trainer.step == trainer.total:
+        written = export(args.out, Path(args.out) / "model.safetensors")
+        sys.stderr.write(f"trained: {written}\nuse it:  -u {_entry(config.method)} -k {written}\n")
+    return 0
+
+
+def _entry(method: str) -> str:
+    return "ecapa_dino_local" if method == "dino" else "ecapa_tdnn_local"
+
+
+def _encoder(source: str, which: str, role: str | None) -> Any:
+    """A run's folder or checkpoint, or a file of any readable format."""
+    from ..checkpoints import load_encoder
+    from .checkpointing import CheckpointStore
+    from .export import encoder_of, find_checkpoint
+
+    path = Path(source)
+    if (path / "checkpoints").is_dir() or (path.name.startswith("step_") and path.suffix == ".pt"):
+        return encoder_of(CheckpointStore.load(find_checkpoint(path, which)), role)[0]
+    return load_encoder(source, role=role) if role else load_encoder(source)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .assemble import embed_with
+    from .evaluate import verification
+
+    encoder = _encoder(args.checkpoint, args.which, args.role)
+    options: dict[str, Any] = {}
+    if args.cohort:
+        options["cohort"] = args.cohort
+    result = verification(
+        embed_with(encoder, args.batch), args.trials, args.root or Path(args.trials).parent, **options
+    )
+    text = json.dumps({"checkpoint": str(args.checkpoint), "trials": str(args.trials), **result}, indent=2, default=str)
+    if args.out:
+        from .checkpointing import write_text
+
+        write_text(args.out, text + "\n")
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import export
+
+    calibration = None
+    if args.calibrate_on:
+        calibration = list(_calibration(args.calibrate_on, args.calibrate_batches))
+    written = export(
+        args.run, args.destination, which=args.which, role=args.role, calibration=calibration, fp16=args.fp16
+    )
+    sys.stdout.write(f"{written}\n")
+    return 0
+
+
+def _calibration(source: str, batches: int, rows: int = 32, seconds: float = 3.0) -> Any:
+    """Unaugmented segments: ``batches`` lists of ``rows`` waveforms of up to ``seconds``, spread over the data."""
+    import numpy as np
+    import torch
+
+    from .audio import read_segment
+    from .manifest import build_manifest
+
+    manifest = build_manifest(source)
+    picks = np.linspace(0, len(manifest) - 1, batches * rows).astype(int)
+    for start in range(0, len(picks), rows):
+        wavs = []
+        for index in picks[start : start + rows]:
+            utterance = manifest[int(index)]
+            length = min(int(seconds * 16000), int(utterance.seconds * 16000))
+            wavs.append(torch.from_numpy(read_segment(utterance, 0, length)))
+        yield wavs
+
+
+def _average(args: argparse.Namespace) -> int:
+    from .export import average_checkpoints
+
+    written = average_checkpoints(args.sources, args.destination, last=args.last, role=args.role, fp16=args.fp16)
+    sys.stdout.write(f"{written}\n")
+    return 0
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Add this area's verbs to ``argparse`` subparsers; each sets ``func(args) -> exit code``."""
+    from .config import PRESETS
+
+    formatter = argparse.RawDescriptionHelpFormatter
+
+    p = subparsers.add_parser(
+        "pretrain",
+        help="train a speaker model (DINO or AAM-softmax) from a folder of speech; goes on where it was stopped",
+        description="Train ECAPA-TDNN from a folder of wav or flac. Run the same line again to go on after any stop.\n"
+        "Many GPUs: torchrun --nproc_per_node=8 -m s3prl_speaker_upstreams.cli pretrain ...",
+        epilog="examples:\n  s3prl-speaker pretrain --preset small_dino --data speech/ --noise noise/ --out exp/small\n"
+        "  s3prl-speaker pretrain --preset voxceleb2_dino --data vox2/dev/wav --noise musan --rirs RIRS_NOISES "
+        "--out exp/dino --set run.batch=32 run.precision=bf16\n"
+        "  s3prl-speaker pretrain --preset voxceleb2_dino --show      # print the whole configuration",
+        formatter_class=formatter,
+    )
+    p.add_argument("--preset", choices=sorted(PRESETS), help="published or tried settings to start from")
+    p.add_argument("--config", metavar="YAML", help="settings in a file; they win over the preset")
+    p.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. optim.lr=0.1; wins over both"
+    )
+    p.add_argument("--data", nargs="+", metavar="FOLDER|LIST", help="speech to train on (data.train)")
+    p.add_argument("--noise", metavar="FOLDER", help="noise recordings or MUSAN (data.augment.noise)")
+    p.add_argument("--rirs", metavar="FOLDER", help="room impulse responses or RIRS_NOISES (data.augment.rirs)")
+    p.add_argument("--trials", metavar="LIST", help="trial list for the EER during training: 'label enrol test' a line")
+    p.add_argument("--trials-root", metavar="FOLDER", help="folder that the trial list's files are relative to")
+    p.add_argument("--out", metavar="FOLDER", help="checkpoints, logs and the exported model")
+    p.add_argument("--stop-after", type=int, metavar="STEP", help="stop (resumable) after this optimizer step")
+    p.add_argument("--changed-config", action="store_true", help="go on although the configuration was changed")
+    p.add_argument("--show", action="store_true", help="print the effective configuration as YAML and stop")
+    p.set_defaults(func=_pretrain)
+
+    p = subparsers.add_parser(
+        "evaluate",
+        help="EER and minDCF of a checkpoint on a trial list",
+        description="Verification by cosine scores: plain, after mean subtraction and, with --cohort, after AS-norm.",
+        formatter_class=formatter,
+    )
+    p.add_argument("checkpoint", help="a run's folder, or a checkpoint of any readable format")
+    p.add_argument("trials", help="trial list: 'label enrol test' a line, label 1 for the same speaker")
+    p.add_argument("--root", metavar="FOLDER", help="folder of the audio; default: the list's")
+    p.add_argument("--cohort", metavar="FOLDER|LIST", help="speech of other speakers: mean subtraction and AS-norm")
+    p.add_argument("--which", default="newest", help="newest, best or a step, for a run's folder")
+    p.add_argument("--role", choices=("teacher", "student", "supervised"), help="default: teacher for DINO")
+    p.add_argument("--batch", type=int, default=16, help="utterances embedded at once")
+    p.add_argument("--out", metavar="JSON", help="also write the result here")
+    p.set_defaults(func=_evaluate)
+
+    p = subparsers.add_parser(
+        "export",
+        help="write a run's encoder as one file for -u ecapa_dino_local -k FILE",
+        description="Write the teacher (DINO) or the network (supervised) of a run with its provenance.",
+        formatter_class=formatter,
+    )
+    p.add_argument("run", help="the --out folder of a `pretrain` run, or one of its step_N.pt")
+    p.add_argument("destination", help="a .safetensors file or a folder")
+    p.add_argument("--which", default="newest", help="newest, best or a step")
+    p.add_argument("--role", choices=("teacher", "student", "supervised"))
+    p.add_argument("--fp16", action="store_true", help="half the size")
+    p.add_argument("--calibrate-on", metavar="FOLDER", help="measure BatchNorm statistics anew on this clean speech")
+    p.add_argument("--calibrate-batches", type=int, default=12)
+    p.set_defaults(func=_export)
+
+    p = subparsers.add_parser(
+        "average", help="average checkpoints of one run into one model", formatter_class=formatter,
+        description="Average the last checkpoints of a run, or the given checkpoints, parameter by parameter.",
+    )  # fmt: skip
+    p.add_argument("sources", nargs="+", help="a run's folder, or checkpoints")
+    p.add_argument("destination", help="a .safetensors file or a folder")
+    p.add_argument("--last", type=int, default=5, help="how many of a run's newest checkpoints")
+    p.add_argument("--role", choices=("teacher", "student", "supervised"))
+    p.add_argument("--fp16", action="store_true", help="half the size")
+    p.set_defaults(func=_average)
