@@ -1,13 +1,14 @@
 """One log-mel front-end for all projects; :class:`~.config.FrontendConfig` names the differences.
 
-Short input: every utterance of at least one sample gives at least one frame. Centred dialects pad as their originals do, the
-reflection folded back as often as a very short utterance needs (``np.pad`` mode "reflect"). Framed ones (Kaldi's
-``snip_edges``) give one frame below ``win_length`` samples, completed with zeros behind the utterance. Both equal the original
-from its own minimum on.
+Short input: every utterance of at least one sample gives at least one frame. Centred dialects pad as their originals
+do, the reflection folded back as often as a very short utterance needs (``np.pad`` mode "reflect"). Framed ones
+(Kaldi's ``snip_edges``) give one frame below ``win_length`` samples, completed with zeros behind the utterance. Both
+equal the original from its own minimum on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,34 +32,39 @@ def _window(cfg: FrontendConfig) -> Tensor:
     return hann**0.85 if cfg.window == "povey" else hann
 
 
-def _mel_scale(hz: np.ndarray | float, cfg: FrontendConfig) -> np.ndarray:
-    # Kaldi writes 1127 ln, the others 2595 log10: equal but for the last digits.
-    return 1127.0 * np.log1p(np.asarray(hz) / 700.0) if cfg.mel == "kaldi" else 2595.0 * np.log10(1 + np.asarray(hz) / 700)
-
-
 def _mel_filters(cfg: FrontendConfig) -> Tensor:
-    """(n_fft // 2 + 1, n_mels) triangular filters."""
-    points = np.linspace(_mel_scale(cfg.fmin, cfg), _mel_scale(cfg.fmax, cfg), cfg.n_mels + 2)
-    bins = np.linspace(0, SAMPLE_RATE / 2, cfg.n_fft // 2 + 1)
+    """(n_fft // 2 + 1, n_mels) triangular filters.
+
+    In float32 throughout, as the originals compute them: in double precision the upper filters differ by up to 2e-5.
+    """
+    bins = torch.linspace(0, SAMPLE_RATE // 2, cfg.n_fft // 2 + 1)
     if cfg.mel == "kaldi":
-        bins = _mel_scale(bins, cfg)
+        low, high = (1127 * math.log(1 + hz / 700) for hz in (cfg.fmin, cfg.fmax))
+        step = (high - low) / (cfg.n_mels + 1)
+        points = low + torch.arange(cfg.n_mels + 2) * step
+        bins = 1127 * (1 + bins / 700).log()
     else:
-        points = 700 * (10 ** (points / 2595) - 1)
+        low, high = (2595 * math.log10(1 + hz / 700) for hz in (cfg.fmin, cfg.fmax))
+        points = 700 * (10 ** (torch.linspace(low, high, cfg.n_mels + 2) / 2595) - 1)
     left, middle, right = points[:-2], points[1:-1], points[2:]
-    rise = (bins[:, None] - left) / (middle - left)
-    fall = 2 - rise if cfg.mel == "speechbrain" else (right - bins[:, None]) / (right - middle)
-    filters = np.maximum(0, np.minimum(rise, fall))
+    if cfg.mel == "speechbrain":
+        slope = (bins[:, None] - middle) / (middle - left)
+        rise, fall = 1 + slope, 1 - slope
+    else:
+        rise = (bins[:, None] - left) / (middle - left)
+        fall = (right - bins[:, None]) / (right - middle)
+    filters = torch.minimum(rise, fall).clamp(min=0)
     if cfg.mel == "kaldi":
         filters[-1] = 0  # Kaldi leaves the Nyquist bin out
-    return torch.from_numpy(filters).float()
+    return filters
 
 
 class Frontend(nn.Module):
     """Waveforms to normalised log-mel features, each utterance by itself.
 
     cfg : the dialect
-    window : (win_length,) and mel : (n_fft // 2 + 1, n_mels) replace the computed ones where a checkpoint carries its own;
-        only then are they part of ``state_dict``
+    window : (win_length,) and mel : (n_fft // 2 + 1, n_mels) replace the computed ones where a checkpoint carries its
+        own; only then are they part of ``state_dict``
 
     >>> frontend = Frontend(FrontendConfig())
     >>> features = frontend([torch.randn(16000), torch.randn(1)])
@@ -93,7 +99,8 @@ class Frontend(nn.Module):
     def forward(self, wavs: Sequence[Tensor]) -> Ragged:
         """Features of ``wavs``, a list of (samples,) float tensors in +-1: Ragged of (frames, n_mels) in float32.
 
-        Raises BadWaveform if the list is empty or a waveform is not one-dimensional floating point of at least a sample.
+        Raises BadWaveform if the list is empty or a waveform is not one-dimensional floating point of at least a
+        sample.
         """
         raw = self.log_mel(wavs)
         return Ragged(torch.cat([self._normalise(x) for x in raw.split()]), raw.lengths)
@@ -117,8 +124,12 @@ class Frontend(nn.Module):
             if cfg.remove_dc:
                 x = x - x.mean(1, keepdim=True)
             if cfg.preemphasis == "frame":
-                x = torch.cat([x[:, :1] * (1 - PREEMPHASIS), torch.sub(x[:, 1:], x[:, :-1], alpha=PREEMPHASIS)], 1)
-            spectrum = torch.fft.rfft(x * self.window, n=cfg.n_fft)
+                # Not sub(alpha=): its fused rounding moves the lowest bands by 5e-5.
+                x = torch.cat([x[:, :1] - PREEMPHASIS * x[:, :1], x[:, 1:] - PREEMPHASIS * x[:, :-1]], 1)
+            # The window's place among the zeros changes only the rounding of the spectrum: it is the originals' place.
+            before = (cfg.n_fft - cfg.win_length) // 2 if cfg.center else 0
+            x = F.pad(x * self.window, (before, cfg.n_fft - cfg.win_length - before))
+            spectrum = torch.fft.rfft(x)
             # |X|^2 summed by the filters: real and imaginary parts are squared side by side and share their filter.
             squares = torch.view_as_real(spectrum).flatten(1).square()
             power = squares @ self.mel.repeat_interleave(2, 0)
@@ -134,7 +145,8 @@ class Frontend(nn.Module):
         if cfg.scale != 1:
             wav = wav * cfg.scale
         if cfg.preemphasis == "waveform":
-            wav = torch.cat([wav[:1] - PREEMPHASIS * wav[1:2] if len(wav) > 1 else wav * (1 - PREEMPHASIS), wav[1:] - PREEMPHASIS * wav[:-1]])
+            before = torch.cat([wav[1:2] if len(wav) > 1 else wav, wav[:-1]])
+            wav = wav - PREEMPHASIS * before
         pad = cfg.win_length // 2
         if not cfg.center:
             wav = F.pad(wav, (0, max(0, cfg.win_length - len(wav))))

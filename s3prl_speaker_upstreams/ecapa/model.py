@@ -1,19 +1,20 @@
 """ECAPA-TDNN (arXiv 2005.07143) on real frames only: every utterance gets what it would get alone, in any batch.
 
-The originals pad a batch to its longest utterance and their convolutions read that padding: SpeechBrain's ``block_4`` of a short
-utterance is off by 75 % beside a long one. Here a batch is a :class:`~.ragged.Ragged` matrix of real frames; before every
-convolution the frames beyond an utterance's own ends hold what a run alone would see there (its reflection, or zeros), and means,
-softmax and batch statistics run over real frames only.
+The originals pad a batch to its longest utterance and their convolutions read that padding: SpeechBrain's ``block_4``
+of a short utterance is off by 75 % beside a long one. Here a batch is a :class:`~.ragged.Ragged` matrix of real
+frames; before every convolution the frames beyond an utterance's own ends hold what a run alone would see there (its
+reflection, or zeros), and means, softmax and batch statistics run over real frames only.
 
-Two ways through the same weights: this module's differentiable one (training, fine-tuning), and :mod:`.inference`, which the model
-takes by itself in eval mode when no gradients are recorded.
+Two ways through the same weights: this module's differentiable one (training, fine-tuning), and :mod:`.inference`,
+which the model takes by itself in eval mode when no gradients are recorded.
 
-Short input: any utterance of at least one frame works. A reflection longer than the utterance is folded back repeatedly (as
-``np.pad`` does); the variance of a single frame is zero before its floor, also where the original divides by n - 1.
+Short input: any utterance of at least one frame works. A reflection longer than the utterance is folded back
+repeatedly (as ``np.pad`` does); the variance of a single frame is zero before its floor, also where the original
+divides by n - 1.
 
-Fine-tuning: in train mode BatchNorm takes its statistics over the real frames of the batch. Where a batch holds a single value per
-channel (one frame in all; for ``pool_norm`` and ``embedding_norm`` one utterance) no variance exists: the running statistics
-are used, and not updated.
+Fine-tuning: in train mode BatchNorm takes its statistics over the real frames of the batch. Where a batch holds a
+single value per channel (one frame in all; for ``pool_norm`` and ``embedding_norm`` one utterance) no variance exists:
+the running statistics are used, and not updated.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Utterances of different lengths one behind the other, without padding.
 
-Work on padding is wasted and, wherever a convolution or a mean reads it, wrong. Everything here therefore keeps a batch as one
-matrix of real frames (:class:`Ragged`); :class:`Gaps` says where a convolution's own padding goes between two utterances.
+Work on padding is wasted and, wherever a convolution or a mean reads it, wrong. Everything here therefore keeps a
+batch as one matrix of real frames (:class:`Ragged`); :class:`Gaps` says where a convolution's own padding goes between
+two utterances.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Ragged(NamedTuple):
         new = [max(n, int(m)) for n, m in zip(self.lengths, lengths, strict=True)]
         if new == list(self.lengths):
             return self
-        parts = [x if len(x) == m else torch.cat([x, x[-1:].expand(m - len(x), -1)]) for x, m in zip(self.split(), new)]
-        return Ragged(torch.cat(parts), new)
+        parts = [x if len(x) == m else torch.cat([x, x[-1:].expand(m - len(x), -1)]) for x, m in zip(self.split(), new,
+        strict=True)] return Ragged(torch.cat(parts), new)
 
     def grids(self) -> Iterator[Tensor]:
         """Views (utterances, frames, features) that together cover the batch: neighbours of equal length share one.
@@ -98,9 +99,9 @@ def reflect_index(positions: np.ndarray, length: int) -> np.ndarray:
 class Gaps(NamedTuple):
     """Where ``width`` frames before and behind each utterance lie when a batch is laid out for one convolution.
 
-    Rows of the laid-out sequence, all (n,) long tensors: ``source`` the real frame that every row shows (in the gaps: the
-    utterance's reflection), ``real`` the rows of the real frames, ``gap`` the rows of the gaps, ``gap_source`` the rows that
-    they mirror.
+    Rows of the laid-out sequence, all (n,) long tensors: ``source`` the real frame that every row shows (in the gaps:
+    the utterance's reflection), ``real`` the rows of the real frames, ``gap`` the rows of the gaps, ``gap_source`` the
+    rows that they mirror.
 
     >>> Gaps.of([3, 2], 1, torch.device("cpu")).source.tolist()
     [1, 0, 1, 2, 1, 4, 3, 4, 3]
@@ -136,7 +137,8 @@ def _gaps(lengths: tuple[int, ...], width: int, device: torch.device) -> Gaps:
 def patches(x: Ragged, kernel_size: int, stride: int, padding: str) -> tuple[Tensor, list[int]]:
     """What a convolution sees at each of its outputs, within each utterance.
 
-    Returns (outputs, kernel_size * features), the taps one behind the other, and the number of outputs of each utterance,
+    Returns (outputs, kernel_size * features), the taps one behind the other, and the number of outputs of each
+    utterance,
     ceil(length / stride). ``padding`` : "reflect" or "zeros" beyond an utterance's ends.
 
     >>> patches(Ragged(torch.tensor([[1.0], [2.0], [3.0], [9.0]]), [3, 1]), 3, 2, "zeros")
