@@ -114,8 +114,8 @@ class Frontend(nn.Module):
         for i, wav in enumerate(wavs):
             if wav.dim() != 1 or not wav.is_floating_point() or len(wav) == 0:
                 raise BadWaveform(
-                    f"waveform {i}: got {wav.dtype} of shape {tuple(wav.shape)}, expected a one-dimensional floating-point "
-                    "tensor of at least one sample, 16 kHz, in +-1"
+                    f"waveform {i}: got {wav.dtype} of shape {tuple(wav.shape)}, expected a one-dimensional "
+                    "floating-point tensor of at least one sample, 16 kHz, in +-1"
                 )
             frames.append(self._frame(wav.to(self.window)))
             lengths.append(len(frames[-1]))

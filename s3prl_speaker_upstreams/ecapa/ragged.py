@@ -65,8 +65,8 @@ class Ragged(NamedTuple):
         new = [max(n, int(m)) for n, m in zip(self.lengths, lengths, strict=True)]
         if new == list(self.lengths):
             return self
-        parts = [x if len(x) == m else torch.cat([x, x[-1:].expand(m - len(x), -1)]) for x, m in zip(self.split(), new,
-        strict=True)] return Ragged(torch.cat(parts), new)
+        parts = [torch.cat([x, x[-1:].expand(m - len(x), -1)]) for x, m in zip(self.split(), new, strict=True)]
+        return Ragged(torch.cat(parts), new)
 
     def grids(self) -> Iterator[Tensor]:
         """Views (utterances, frames, features) that together cover the batch: neighbours of equal length share one.
