@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["SWITCH", "Standin", "enabled", "install", "report"]
 
@@ -56,18 +57,25 @@ def install() -> None:
     if _installed or not enabled():
         return
     _installed = True
-    from s3prl_speaker_upstreams.compat._hooks import watch
+    from s3prl_speaker_upstreams.compat._hooks import lend, watch
     from s3prl_speaker_upstreams.compat.standins import STANDINS
 
     for entry in STANDINS:
 
-        def put_in_place(module: object, entry: object = entry) -> None:
+        def put_in_place(module: Any, entry: Any = entry) -> None:
             needed = entry.missing(module)
             if needed:
                 entry.supply(module)
             _state[entry.name] = _state.get(entry.name, False) or needed
 
-        watch(entry.modules, put_in_place)
+        def for_one_import(entry: Any = entry) -> Any:
+            _state[entry.name] = entry.missing(None)
+            return entry.supply(None) if _state[entry.name] else None
+
+        if entry.lent:
+            lend(entry.modules, for_one_import)
+        else:
+            watch(entry.modules, put_in_place)
 
 
 def report(*, probe: bool = False) -> list[Standin]:
@@ -83,7 +91,13 @@ def report(*, probe: bool = False) -> list[Standin]:
         for name in dict.fromkeys(name for entry in STANDINS for name in entry.modules):
             _try_import(name)
     return [
-        Standin(entry.name, entry.removed_in, entry.used_by, entry.supplies, _state.get(entry.name))
+        Standin(
+            entry.name,
+            entry.removed_in,
+            tuple(f"s3prl/{place}" for place in entry.used_by),
+            entry.supplies,
+            _state.get(entry.name),
+        )
         for entry in STANDINS
     ]
 

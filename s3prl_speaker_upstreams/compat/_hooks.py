@@ -1,8 +1,8 @@
-"""Run a function right after a named module was imported. Standard library only.
+"""Run a function right after (or around) the import of a named module. Standard library only.
 
 A finder at the front of ``sys.meta_path`` lets the ordinary finders find the module, then puts a wrapper on the
-``exec_module`` of *that* loader object. The module keeps its own loader and spec (``inspect``, ``pkgutil`` and pickling see
-nothing unusual), and modules that nobody waits for cost one dictionary look-up.
+``exec_module`` of *that* loader object. The module keeps its own loader and spec (``inspect``, ``pkgutil`` and
+pickling see nothing unusual), and modules that nobody waits for cost one dictionary look-up.
 
 >>> import sys
 >>> seen = []
@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["FINDER", "watch"]
+__all__ = ["FINDER", "lend", "watch"]
 
 Callback = Callable[[ModuleType], None]
+Undo = Callable[[], None]
 
 
 class PostImportFinder:
@@ -30,14 +31,16 @@ class PostImportFinder:
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callback]] = {}
+        self.lenders: dict[str, list[Callable[[], Undo | None]]] = {}
         self._late: list[str] = []  # modules that were half-way through their import when we were installed
         self._busy = threading.local()
 
     def forget(self, name: str) -> None:
         self.waiting.pop(name, None)
+        self.lenders.pop(name, None)
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name not in self.waiting:
+        if name not in self.waiting and name not in self.lenders:
             return None
         self.run_late()
         busy = self._busy.__dict__.setdefault("names", set())
@@ -65,9 +68,17 @@ class PostImportFinder:
         loader, original = spec.loader, spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            original(module)
-            if module.__name__ == name:  # a zip file has one loader for all its modules
-                self.run(module)
+            if module.__name__ != name:  # a zip file has one loader for all its modules
+                original(module)
+                return
+            undo = [lend() for lend in self.lenders.get(name, ())]
+            try:
+                original(module)
+            finally:
+                for give_back in undo:
+                    if give_back is not None:
+                        give_back()
+            self.run(module)
 
         loader.exec_module = exec_module
 
@@ -91,10 +102,21 @@ def _initialising(module: ModuleType) -> bool:
 FINDER = PostImportFinder()
 
 
-def watch(names: Iterable[str], callback: Callback) -> None:
-    """Call ``callback(module)`` after each of `names` is imported; at once for those that already are."""
+def lend(names: Iterable[str], lender: Callable[[], Undo | None]) -> None:
+    """Call ``lender()`` before the body of each of `names` runs, and what it returns once the body has run."""
+    _listen()
+    for name in names:
+        FINDER.lenders.setdefault(name, []).append(lender)
+
+
+def _listen() -> None:
     if FINDER not in sys.meta_path:
         sys.meta_path.insert(0, FINDER)
+
+
+def watch(names: Iterable[str], callback: Callback) -> None:
+    """Call ``callback(module)`` after each of `names` is imported; at once for those that already are."""
+    _listen()
     for name in names:
         FINDER.waiting.setdefault(name, []).append(callback)
         module = sys.modules.get(name)

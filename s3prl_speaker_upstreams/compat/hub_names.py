@@ -1,17 +1,18 @@
 """huggingface_hub names that s3prl imports but current versions (1.0 and later) no longer have.
 
-They exist so that ``import`` succeeds; training and evaluation with ``--hub torch`` never use them. What can be supplied
-truthfully is (the stored token); password log-in and git-based upload are gone from the Hub itself, so they raise and say
-what to do instead.
+They exist so that ``import`` succeeds; training and evaluation with ``--hub torch`` never use them. What can be
+supplied truthfully is (the stored token); password log-in and git-based upload are gone from the Hub itself, so they
+raise and say what to do instead.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 from s3prl_speaker_upstreams.compat._errors import RemovedApi
 
-__all__ = ["HfFolder", "Repository", "login", "make_runner_api", "snapshot_download"]
+__all__ = ["HfFolder", "Repository", "login", "make_runner_api", "snapshot_download", "wrap_get_upstream"]
 
 
 def _stored_token() -> str | None:
@@ -47,8 +48,8 @@ class Repository:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         folder = kwargs.get("local_dir", args[0] if args else "the experiment's folder")
         raise RemovedApi(
-            f"Repository({folder!r}): huggingface_hub 1.0 removed the git-based Repository, so --push_to_hf_hub cannot push; "
-            "training is finished and its files are complete: push them with `hf upload REPO EXPDIR`"
+            f"Repository({folder!r}): huggingface_hub 1.0 removed the git-based Repository, so --push_to_hf_hub "
+            "cannot push; training is finished and its files are complete: push them with `hf upload REPO EXPDIR`"
         )
 
 
@@ -66,21 +67,35 @@ def login(self: Any, username: str | None = None, password: str | None = None) -
     return token
 
 
-def snapshot_download(
-    repo_id: str, revision: str | None = None, *args: Any, use_auth_token: Any = None, **kwargs: Any
-) -> str:
+def snapshot_download(repo_id: str, revision: str | None = None, use_auth_token: Any = None, **kwargs: Any) -> str:
     """huggingface_hub's own ``snapshot_download``, also with ``revision`` by position and ``use_auth_token``."""
-    import huggingface_hub._snapshot_download as module
+    from huggingface_hub import _snapshot_download
 
-    if args:
-        raise TypeError(
-            f"snapshot_download: got {2 + len(args)} positional arguments; expected at most repo_id and revision"
-        )
+    if use_auth_token is True and _stored_token() is None:
+        use_auth_token = None  # as before: a public repository needs no token
     if use_auth_token is not None:
-        if use_auth_token is True and _stored_token() is None:
-            use_auth_token = None  # what use_auth_token=True did for public repositories before
         kwargs.setdefault("token", use_auth_token)
-    return module.snapshot_download(repo_id, revision=revision, **kwargs)
+    return _snapshot_download.snapshot_download(repo_id, revision=revision, **kwargs)
+
+
+def wrap_get_upstream(runner: type) -> None:
+    """``Runner._get_upstream`` imports ``snapshot_download`` by itself: give it ours, for that call only."""
+    original = runner._get_upstream
+
+    @functools.wraps(original)
+    def _get_upstream(self: Any) -> Any:
+        import huggingface_hub
+
+        if not getattr(self.args, "from_hf_hub", False):
+            return original(self)
+        before = huggingface_hub.snapshot_download
+        huggingface_hub.snapshot_download = snapshot_download
+        try:
+            return original(self)
+        finally:
+            huggingface_hub.snapshot_download = before
+
+    runner._get_upstream = _get_upstream
 
 
 def make_runner_api(base: type) -> type:

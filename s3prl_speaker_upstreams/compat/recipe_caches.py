@@ -1,8 +1,8 @@
 """Caches that two recipes write into the installed package: moved to the experiment's folder, keyed by corpus.
 
 SID keeps its path lists as ``voxceleb1/.cache/{train,dev,test}.pkl`` and ASV its trimmed lengths as
-``sv_voxceleb1/.wav_lengths/Voxceleb1_length.pt``, both beside s3prl's own modules: a second corpus is then answered from the
-first one's cache without a word, and read-only installations cannot run at all. Here the folder is
+``sv_voxceleb1/.wav_lengths/Voxceleb1_length.pt``, both beside s3prl's own modules: a second corpus is then answered
+from the first one's cache without a word, and read-only installations cannot run at all. Here the folder is
 ``EXPDIR/s3prl_cache/{task}/{key}``, where the key is a digest of the corpus.
 """
 
@@ -34,7 +34,7 @@ def cache_folder(task: str, key: str) -> Path:
 
 
 def corpus_key(root: str | os.PathLike, *texts: bytes, files: Iterable[tuple[str, int]] = ()) -> str:
-    """16 hexadecimal digits for a corpus: its place as given and resolved, list files, and (name, bytes) of its files."""
+    """16 hexadecimal digits for a corpus: its place as given and resolved, its lists, (name, bytes) of its files."""
     digest = hashlib.sha256()
     for part in (
         str(root).encode(),
@@ -95,7 +95,7 @@ def redirect_path_lists(module: ModuleType) -> None:
 
 
 def redirect_lengths(module: ModuleType) -> None:
-    """s3prl/downstream/sv_voxceleb1/dataset.py: the folder that it derives from ``__file__``, while one dataset is made."""
+    """s3prl/downstream/sv_voxceleb1/dataset.py: the folder derived from its ``__file__``, while one dataset is made."""
     original: Callable[..., None] = module.SpeakerVerifi_train.__init__
 
     @functools.wraps(original)

@@ -1,7 +1,7 @@
 """``catalyst.data.sampler`` for the one name that keyword spotting imports: ``DistributedSamplerWrapper``.
 
-catalyst 22.4 is unmaintained and pulls packages of its time; s3prl's speech_commands needs 20 lines of it, and those only
-under torchrun.
+catalyst 22.4 is unmaintained and pulls packages of its time; s3prl's speech_commands needs 20 lines of it, and those
+only under torchrun.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class DistributedSamplerWrapper(DistributedSampler):
     num_replicas, rank, shuffle : as for ``torch.utils.data.DistributedSampler``
 
     >>> from torch.utils.data import SequentialSampler
-    >>> ranks = [DistributedSamplerWrapper(SequentialSampler("abcd"), num_replicas=2, rank=r, shuffle=False) for r in (0, 1)]
-    >>> [list(sampler) for sampler in ranks]
+    >>> everything = SequentialSampler("abcd")
+    >>> [list(DistributedSamplerWrapper(everything, num_replicas=2, rank=rank, shuffle=False)) for rank in (0, 1)]
     [[0, 2], [1, 3]]
     """
 
@@ -44,6 +44,6 @@ def __getattr__(name: str) -> NoReturn:
     if name.startswith("__"):
         raise AttributeError(name)
     raise RemovedApi(
-        f"catalyst.data.sampler.{name}: catalyst is not installed and only DistributedSamplerWrapper is supplied in its place; "
-        "pip install --no-deps catalyst==22.4"
+        f"catalyst.data.sampler.{name}: catalyst is not installed and only DistributedSamplerWrapper is supplied in "
+        "its place; pip install --no-deps catalyst==22.4"
     )

@@ -1,10 +1,11 @@
 """The ``silence`` effect of the sox program, for one channel, sample for sample.
 
-sox decides on a running root mean square over 20 ms, kept as a sum in double precision to which the newest square is added
-and from which the oldest is taken. That order of additions decides samples at the threshold, so it is kept here: numpy's
-``cumsum`` over the alternating terms adds them one after the other just as sox does.
+sox decides on a running root mean square over 20 ms, kept as a sum in double precision to which the newest square is
+added and from which the oldest is taken. That order of additions decides samples at the threshold, so it is kept here:
+numpy's ``cumsum`` over the alternating terms adds them one after the other just as sox does.
 
-Behaviour: sox manual, section ``silence``; checked against SoX 14.4.2 sample by sample (tests/compat/test_sox_effects.py).
+Behaviour: sox manual, section ``silence``; checked against SoX 14.4.2 sample by sample
+(tests/compat/test_sox_effects.py).
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _first_run(flags: np.ndarray, length: int) -> int:
 
 
 def _search(levels: _Levels, begin: int, half: Period, wanted: bool) -> int:
-    """Index behind the first stretch of ``half.duration`` samples from `begin` on that are (not) above the threshold."""
+    """Index behind the first ``half.duration`` samples in a row, from `begin` on, (not) above the threshold."""
     total = len(levels.squares)
     reach = begin + half.duration + _BLOCK // 4
     while True:

@@ -1,9 +1,9 @@
 """``torchaudio.sox_effects`` for the four effects of s3prl's recipes: ``channels``, ``rate``, ``gain``, ``silence``.
 
-torchaudio 2.9 removed the module, and before that it needs a ``libsox.so`` that few machines have. Where the sox program is
-on the path it does the work, with the samples that torchaudio's libsox gave (dither off); else the same arithmetic is
-done here: sox's 32-bit integers for channels, gain and silence, and soxr's high-quality resampler, which is sox's own, for
-rate. Any other effect or option raises.
+torchaudio 2.9 removed the module, and before that it needs a ``libsox.so`` that few machines have. Where the sox
+program is on the path it does the work, with the samples that torchaudio's libsox gave (dither off); else the same
+arithmetic is done here: sox's 32-bit integers for channels, gain and silence, and for rate soxr's high-quality
+resampler, which is sox's own. Any other effect or option raises.
 
 >>> import torch
 >>> wav, rate = apply_effects_tensor(torch.ones(2, 160) / 2, 16000, [["channels", "1"], ["gain", "-3.0"]])
@@ -94,7 +94,8 @@ def apply_effects_tensor(
     _check(effects)
     if tensor.ndim != 2 or tensor.dtype != torch.float32:
         raise UnsupportedEffect(
-            f"apply_effects_tensor: got {tensor.dtype} of shape {tuple(tensor.shape)}; expected 2-D float32; convert it first"
+            f"apply_effects_tensor: got {tensor.dtype} of shape {tuple(tensor.shape)}; expected 2-D float32; "
+            "convert it first"
         )
     samples = _from_float((tensor.t() if channels_first else tensor).detach().cpu().numpy().astype(np.float64))
     program = shutil.which("sox")
@@ -142,7 +143,7 @@ def _silence_halves(arguments: Sequence[str], rate: float) -> tuple[Period, Peri
         count, duration, threshold = (str(item) for item in arguments[3 * index : 3 * index + 3])
         unit = threshold[-1] if threshold[-1:] in ("%", "d") else "%"
         level, seconds, periods = _number(threshold.rstrip("%d")), _number(duration), _number(count)
-        if None in (level, seconds, periods) or periods != int(periods) or seconds < 0 or (index == 0 and periods < 0):
+        if None in (level, seconds, periods) or periods != int(periods) or seconds < 0 or (index == 0 and periods < 1):
             raise UnsupportedEffect(
                 f"sox effect {shown!r}: expected counts, seconds and thresholds in % or d; {_REMEDY}"
             )
@@ -166,7 +167,8 @@ def _call(program: str, source: list[str], effects: Sequence[Sequence[str]], dat
 
 def _result(done: Any, what: str) -> tuple[np.ndarray, int]:
     """Samples (time, channels) of the floating-point WAV that sox wrote to a pipe, and their rate."""
-    message = done.stderr.decode(errors="replace").strip()
+    lines = done.stderr.decode(errors="replace").splitlines()
+    message = "; ".join(line for line in lines if "can't seek to fix it" not in line)  # that one is about the pipe
     if done.returncode != 0:
         raise AudioUnreadable(f"{what}: sox cannot process it ({message}); fetch or convert the file again")
     if "WARN" in message:

@@ -1,4 +1,4 @@
-"""The table of stand-ins: what is missing, since when, who in s3prl 0.4.18 needs it, how that is seen, what is supplied.
+"""The table of stand-ins: what is missing, since when, who in s3prl 0.4.18 needs it, how that is seen, what is given.
 
 Light on purpose: the modules that do the work are imported when a stand-in is put in place.
 """
@@ -23,6 +23,7 @@ class Entry:
     token : what the lines in `used_by` contain (a test looks)
     missing : whether the thing is missing, from the module just imported
     supply : puts the stand-in in place
+    lent : in place only while the body of `modules` runs (`missing` and `supply` get None; `supply` returns the undo)
     """
 
     name: str
@@ -32,7 +33,8 @@ class Entry:
     supplies: str
     modules: tuple[str, ...]
     missing: Callable[[Any], bool]
-    supply: Callable[[Any], None]
+    supply: Callable[[Any], Any]
+    lent: bool = False
 
 
 def _lacks(*names: str) -> Callable[[ModuleType], bool]:
@@ -98,16 +100,29 @@ def _no_namespaces(module: ModuleType) -> bool:
     return importlib.import_module(f"{__package__}.torch_load").namespaces_are_refused()
 
 
-def _old_call_refused(name: str, parameter: str) -> Callable[[ModuleType], bool]:
-    def missing(module: ModuleType) -> bool:
-        import inspect
+def _refuses(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a call with these arguments does not fit the function's signature (nothing is called)."""
+    import inspect
 
-        owner, _, method = name.rpartition(".")
-        function = getattr(getattr(module, owner) if owner else module, method)
-        parameters = inspect.signature(function).parameters
-        return parameter not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return True
+    return False
 
-    return missing
+
+def _refuses_old_create_repo(module: ModuleType) -> bool:
+    return _refuses(module.HfApi.create_repo, module.HfApi, name="name", organization="organization", token=None)
+
+
+def _refuses_old_download(module: ModuleType) -> bool:
+    import huggingface_hub
+
+    return _refuses(huggingface_hub.snapshot_download, "repo", "revision", use_auth_token=True)
+
+
+def _supply_download(module: ModuleType) -> None:
+    importlib.import_module(f"{__package__}.hub_names").wrap_get_upstream(module.Runner)
 
 
 def _supply_runner_api(module: ModuleType) -> None:
@@ -133,23 +148,36 @@ def _supply_numpy(module: ModuleType) -> None:
     module.np = importlib.import_module(f"{__package__}.numpy_names")
 
 
-def _not_installed(*names: str) -> Callable[[Any], bool]:
-    return lambda module: importlib.util.find_spec(names[0]) is None
+def _not_installed(name: str) -> Callable[[Any], bool]:
+    return lambda module: name not in sys.modules and importlib.util.find_spec(name) is None
 
 
-def _supply_catalyst(module: ModuleType) -> None:
-    ours = importlib.import_module(f"{__package__}.samplers")
-    for name in ("catalyst", "catalyst.data"):
-        sys.modules[name] = ModuleType(
-            name, "Stands for catalyst, which is not installed; see s3prl_speaker_upstreams.compat."
-        )
-        sys.modules[name].__path__ = []
-    sys.modules["catalyst"].data = sys.modules["catalyst.data"]
-    sys.modules["catalyst.data"].sampler = sys.modules["catalyst.data.sampler"] = ours
+def _lend(source: str, *names: str) -> Callable[[Any], Callable[[], None]]:
+    """Let `names` (packages and, last, the module that is used) be imported from one of our modules for a while.
 
+    Taken back afterwards, so that no other code takes a package for installed that is not.
+    """
 
-def _supply_pysox(module: ModuleType) -> None:
-    sys.modules["sox"] = importlib.import_module(f"{__package__}.placeholders")
+    def supply(module: Any) -> Callable[[], None]:
+        parent: ModuleType | None = None
+        for name in names:
+            current = ModuleType(name)
+            if name == names[-1]:
+                current = importlib.import_module(f"{__package__}.{source}")
+            else:
+                current.__path__ = []
+            sys.modules[name] = current
+            if parent is not None:
+                setattr(parent, name.rpartition(".")[2], current)
+            parent = current
+
+        def take_back() -> None:
+            for name in names:
+                sys.modules.pop(name, None)
+
+        return take_back
+
+    return supply
 
 
 # ------------------------------------------------------------------------------------------------- s3prl itself
@@ -299,18 +327,18 @@ STANDINS: tuple[Entry, ...] = (
         "create_repo(",
         "takes name and organization as before, for the runner only",
         ("s3prl.downstream.runner",),
-        _old_call_refused("HfApi.create_repo", "name"),
+        _refuses_old_create_repo,
         _supply_runner_api,
     ),
     Entry(
-        "snapshot_download(use_auth_token=)",
-        "huggingface_hub 1.0",
+        "snapshot_download(repo, revision, use_auth_token=)",
+        "huggingface_hub 0.11 (by position), 1.0 (use_auth_token)",
         ("downstream/runner.py:125",),
         "use_auth_token",
-        "takes use_auth_token and a positional revision as before",
-        ("huggingface_hub",),
-        _old_call_refused("snapshot_download", "use_auth_token"),
-        _set("hub_names", "snapshot_download"),
+        "takes use_auth_token and a positional revision as before, for the runner only",
+        ("s3prl.downstream.runner",),
+        _refuses_old_download,
+        _supply_download,
     ),
     Entry(
         "numpy.int",
@@ -346,9 +374,10 @@ STANDINS: tuple[Entry, ...] = (
         ("downstream/speech_commands/expert.py:11",),
         "DistributedSamplerWrapper",
         "the one class, if catalyst is not installed",
-        ("s3prl.downstream.runner",),
+        ("s3prl.downstream.speech_commands.expert",),
         _not_installed("catalyst"),
-        _supply_catalyst,
+        _lend("samplers", "catalyst", "catalyst.data", "catalyst.data.sampler"),
+        lent=True,
     ),
     Entry(
         "sox.Transformer",
@@ -356,18 +385,19 @@ STANDINS: tuple[Entry, ...] = (
         ("downstream/sv_voxceleb1/dataset.py:14",),
         "Transformer",
         "a name that raises when used (s3prl imports it and does not use it)",
-        ("s3prl.downstream.runner",),
+        ("s3prl.downstream.sv_voxceleb1.dataset",),
         _not_installed("sox"),
-        _supply_pysox,
+        _lend("placeholders", "sox"),
+        lent=True,
     ),
     Entry(
         "s3prl.downstream.ctc.corpus",
         "never in s3prl's PyPI package",
         (
-            "downstream/ctc/data.py:57",
-            "downstream/ctc/data.py:59",
-            "downstream/ctc/data.py:61",
-            "downstream/ctc/data.py:63",
+            "downstream/ctc/data.py:52",
+            "downstream/ctc/data.py:54",
+            "downstream/ctc/data.py:56",
+            "downstream/ctc/data.py:58",
         ),
         "from .corpus.",
         "the four corpora, written anew",

@@ -1,8 +1,8 @@
 """``torch.load`` for the checkpoints that s3prl itself writes, and for nothing else.
 
-Since torch 2.6 ``torch.load`` refuses every class that is not a tensor or a plain container. s3prl's checkpoints hold one:
-the ``argparse.Namespace`` of the command line. Loading is never made unsafe: the file is read by the same restricted
-unpickler, with that one class (which runs no code) allowed, and only after the file has shown s3prl's own keys.
+Since torch 2.6 ``torch.load`` refuses every class that is not a tensor or a plain container. s3prl's checkpoints hold
+one: the ``argparse.Namespace`` of the command line. Loading is never made unsafe: the file is read by the same
+restricted unpickler, with that one class (which runs no code) allowed, and only after it has shown s3prl's own keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch
 
 __all__ = ["NamespaceLoader", "is_experiment", "load", "namespaces_are_refused"]
 
-# top-level keys of what s3prl's runners save: downstream/runner.py:401, pretrain/runner.py:253, and the older layout (utility/helper.py:139)
+# top-level keys of what s3prl's runners save (downstream/runner.py:401, pretrain/runner.py:253), and the older layout
+# that its pre-trained upstreams still have (utility/helper.py:139)
 _LAYOUTS = ({"Args", "Config"}, {"Settings"})
 
 
@@ -105,7 +106,7 @@ _loader = NamespaceLoader(torch.load)
 def load(f: Any, *args: Any, **kwargs: Any) -> Any:
     """torch's own ``torch.load``, which also reads the experiment checkpoints of s3prl's runners.
 
-    Raises what torch raises: any class but ``argparse.Namespace``, and any file that s3prl did not write, stays refused.
+    Raises what torch raises: any class but ``argparse.Namespace``, and any file of another layout, stays refused.
     """
     return _loader(f, *args, **kwargs)
 

@@ -1,8 +1,8 @@
-"""What torchaudio 2.9 removed from its top level: ``load``, ``save``, ``info``, ``set_audio_backend``, through soundfile.
+"""What torchaudio 2.9 took from its top level: ``load``, ``save``, ``info``, ``set_audio_backend``, through soundfile.
 
-Same arguments, same tensors as torchaudio 2.5 gave with its sox and soundfile backends. Every other name is torchaudio's
-own, so that this module can stand for ``torchaudio`` as a whole where a joblib child process gets its functions by
-reference (``s3prl.util.audio_info``).
+Same arguments, same tensors as torchaudio 2.5 gave with its sox and soundfile backends. Every other name is
+torchaudio's own, so that this module can stand for ``torchaudio`` as a whole where a joblib child process gets its
+functions by reference (``s3prl.util.audio_info``).
 
 >>> import torch, tempfile, os
 >>> path = os.path.join(tempfile.mkdtemp(), "a.wav")
@@ -190,13 +190,13 @@ def save(
     """Write WAV or FLAC.
 
     src : (channels, samples), or (samples, channels) with ``channels_first=False``
-    WAV keeps the tensor's type unless encoding (PCM_S, PCM_U, PCM_F, ULAW, ALAW) and bits are given; FLAC has 16 or 24 bits.
+    WAV keeps the tensor's type unless encoding (PCM_S, PCM_U, PCM_F, ULAW, ALAW) and bits are given; FLAC has 16 or 24.
     Raises UnsupportedAudioOption for other formats and for ``compression``.
     """
     kind = (format or os.path.splitext(str(uri))[1].lstrip(".")).lower()
     if kind not in ("wav", "flac") or compression is not None:
         raise UnsupportedAudioOption(
-            f"torchaudio.save({uri!r}): got format {kind!r}, compression {compression}; expected wav or flac without compression"
+            f"torchaudio.save({uri!r}): got format {kind!r}, compression {compression}; expected wav or flac without"
         )
     if src.ndim != 2:
         raise UnsupportedAudioOption(f"torchaudio.save({uri!r}): got a {src.ndim}-D tensor; expected two dimensions")

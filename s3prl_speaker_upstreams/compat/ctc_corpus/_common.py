@@ -31,8 +31,8 @@ class Bucketed(Dataset):
     def __getitem__(self, index: int) -> Utterance | list[Utterance]:
         if self.bucket_size <= 1:
             return self.file_list[index], self.text[index]
-        # A corpus smaller than one bucket gives a negative start, and so fewer utterances than it has. A checkout of s3prl
-        # does the same, and batches must be the same ones there and here: choose corpus.batch_size accordingly.
+        # A corpus smaller than one bucket gives a negative start, and so fewer utterances than it has. A checkout of
+        # s3prl does the same, and batches must be the same there and here: choose corpus.batch_size accordingly.
         start = min(len(self.file_list) - self.bucket_size, index)
         stop = start + self.bucket_size
         return list(zip(self.file_list[start:stop], self.text[start:stop], strict=True))
@@ -49,7 +49,8 @@ def audio_files(root: str, splits: Sequence[str], suffix: str) -> list[Path]:
         files = list(folder.rglob(f"*{suffix}"))
         if not files:
             raise ConfigError(
-                f"{folder}: got no {suffix} file; expected the audio of split {split!r}; check corpus.path and the split's name"
+                f"{folder}: got no {suffix} file; expected the audio of split {split!r}; "
+                "check corpus.path and the split's name"
             )
         found += files
     return found

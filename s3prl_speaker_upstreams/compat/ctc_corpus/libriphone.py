@@ -33,7 +33,7 @@ def read_lexicons(files: Sequence[str], phonemes: Sequence[str]) -> dict[str, st
                 unknown = [phoneme for phoneme in spoken if phoneme not in known]
                 if unknown:
                     raise ConfigError(
-                        f"{file}:{number}: got phoneme {unknown[0]!r} of {word!r}, which text.vocab_file does not list; "
+                        f"{file}:{number}: got phoneme {unknown[0]!r} of {word!r}, not in text.vocab_file; "
                         "use the lexicon and the vocabulary of the same source"
                     )
                 again += word in words
@@ -44,7 +44,7 @@ def read_lexicons(files: Sequence[str], phonemes: Sequence[str]) -> dict[str, st
 
 
 class LibriPhoneDataset(Bucketed):
-    """LibriSpeech's layout (see :class:`~.librispeech.LibriDataset`) and lexicon files.
+    """LibriSpeech's layout (see ``librispeech.py``) and lexicon files.
 
     Raises ConfigError for a word that no lexicon has.
     """

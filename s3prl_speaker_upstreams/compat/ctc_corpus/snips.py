@@ -19,8 +19,8 @@ class SnipsDataset(Bucketed):
     """``path/split/**/SPEAKER-....wav`` with one list for all of ``path``.
 
     The list is ``all.iob.snips.txt`` (``ID BOS words EOS<tab>O labels intent``) for the slot encoders, else
-    ``all-trans.txt`` (``ID words``). ``{split}_speakers`` in the configuration names the speakers that count: an utterance
-    does if its name begins with one of them.
+    ``all-trans.txt`` (``ID words``). ``{split}_speakers`` in the configuration names the speakers that count: an
+    utterance does if its name begins with one of them.
     Raises ConfigError for a missing list, or if no utterance is left.
     """
 
@@ -57,8 +57,8 @@ class SnipsDataset(Bucketed):
         chosen = [file for file in files if named[file] in texts and named[file].startswith(speakers)]
         if not chosen:
             raise ConfigError(
-                f"{Path(path) / splits[0]}: got {len(files)} wav files, none of speakers {list(speakers)} with a line in "
-                f"{source.name}; check corpus.{key}"
+                f"{Path(path) / splits[0]}: got {len(files)} wav files, none of speakers {list(speakers)} with a "
+                f"line in {source.name}; check corpus.{key}"
             )
         super().__init__(
             [(file, tokenizer.encode(texts[named[file]])) for file in chosen], bucket_size, ascending=ascending
