@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# One SUPERB task with one upstream, through s3prl's own runner, resumable stage by stage.
+#
+#   recipes/superb/run.sh TASK UPSTREAM [options]         e.g.  recipes/superb/run.sh SID ecapa_dino --data /corpora/VoxCeleb1
+#   recipes/superb/run.sh KS fbank --smoke --device cpu   the whole path in a minute or two, on a generated corpus
+#   STAGES="evaluate score" recipes/superb/run.sh ...     some stages only; each starts alone
+#
+# Reads: the corpus (--data), conf/TASK.yaml. Writes: EXP/UPSTREAM/TASK (see superb/stages.py for what lies where).
+# Finished stages are skipped; after a kill, start it again and it goes on from the last whole checkpoint.
+# All options: python -m s3prl_speaker_upstreams.superb run --help
+set -euo pipefail
+
+PYTHON=${PYTHON:-python}
+RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+STAGES=${STAGES:-"check prepare train choose evaluate score collect"}
+EXP=${EXP:-exp/superb}            # where runs are kept
+DATA=${DATA:-}                    # root of the corpus, or of a folder with one folder for each task (all.sh)
+S3PRL_ROOT=${S3PRL_ROOT:-}        # a checkout of s3prl; empty: the installed package
+
+if [[ $# -lt 2 ]]; then
+  sed -n '2,10p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' >&2
+  exit 2
+fi
+task=$1 upstream=$2
+shift 2
+
+options=(--exp "$EXP" --conf "$RECIPE/conf")
+[[ -n $DATA ]] && options+=(--data "$DATA")
+[[ -n $S3PRL_ROOT ]] && options+=(--s3prl-root "$S3PRL_ROOT")
+
+for stage in $STAGES; do
+  if [[ $stage == collect ]]; then
+    "$PYTHON" -m s3prl_speaker_upstreams.superb collect --exp "$EXP"
+  else
+    "$PYTHON" -m s3prl_speaker_upstreams.superb run "$task" "$upstream" "${options[@]}" "$@" --stages "$stage"
+  fi
+done
