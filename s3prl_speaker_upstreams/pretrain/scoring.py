@@ -161,11 +161,13 @@ def bootstrap(
     """
     scores, labels = _checked(scores, labels)
     rng = np.random.default_rng(seed)
+    order = np.argsort(scores, kind="stable")  # once: sorting what is sorted costs next to nothing in every draw
+    scores, labels = scores[order], labels[order]
     if units is None:
         pairs, count = np.arange(len(scores))[:, None], len(scores)
     else:
         distinct, numbers = np.unique(np.asarray(units), return_inverse=True)
-        pairs, count = numbers.reshape(-1, 2), len(distinct)
+        pairs, count = numbers.reshape(-1, 2)[order], len(distinct)
     out: list[float] = []
     for _ in range(20 * samples):
         drawn = np.bincount(rng.integers(count, size=count), minlength=count)
