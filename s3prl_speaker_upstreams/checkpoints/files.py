@@ -27,8 +27,8 @@ __all__ = ["LoadedFile", "load_file", "numpy_safe_globals", "sniff"]
 logger = logging.getLogger(__name__)
 
 _LFS = b"version https://git-lfs.github.com/spec"
-_UNSUPPORTED_GLOBAL = re.compile(r"(?:GLOBAL|[Uu]nsupported class|Unsupported global:?)\s+([\w.]+)")
-_UNSUPPORTED_INSTR = re.compile(r"Can only build|not allowed|Unsupported|Trying to (?:load|instantiate|call)")
+_UNSUPPORTED_GLOBAL = re.compile(r"(?:GLOBAL|[Uu]nsupported class)\s+([\w.]+)")
+_UNSUPPORTED_INSTR = re.compile(r"Can only build|not allowed|Unsupported operand|Trying to (?:load|instantiate|call)")
 
 
 class LoadedFile(NamedTuple):
@@ -251,10 +251,12 @@ def _explain(path: Path, error: Exception, allow_pickle: bool) -> str:
             "code when loaded, so it was refused; if you trust where the file comes from, pass allow_pickle=True "
             "(command line: --allow-pickle)"
         )
-    if not allow_pickle and "weights_only" in message.lower() and _UNSUPPORTED_INSTR.search(message):
+    if not allow_pickle and _UNSUPPORTED_INSTR.search(message):
+        reason = re.search(r"WeightsUnpickler error: ([^\n]*)", message)
         return (
-            f"{path}: cannot be opened by the safe loader ({message.splitlines()[0][:200]}); if you trust where the "
-            "file comes from, pass allow_pickle=True (command line: --allow-pickle)"
+            f"{path}: damaged, or a pickle that the safe loader cannot open "
+            f"({reason.group(1) if reason else message.splitlines()[0][:200]}); if you trust where the file comes "
+            "from, try allow_pickle=True (command line: --allow-pickle)"
         )
     first = message.splitlines()[0][:200] if message else type(error).__name__
     return (

@@ -163,13 +163,13 @@ def _checkpoint_of(encoder: Any) -> Checkpoint:
     ecapa, frontend = getattr(encoder, "ecapa", None), getattr(encoder, "frontend", None)
     if ecapa is None or frontend is None:
         raise ConfigError(f"got a {type(encoder).__name__}, expected a SpeakerEncoder or a Checkpoint")
-    checkpoint = Checkpoint(ecapa.config, frontend.config, ecapa.state_dict(), "native", "supervised")
+    checkpoint = Checkpoint(ecapa.cfg, frontend.cfg, ecapa.state_dict(), "native", "supervised")
     checkpoint.frontend_buffers = _given_buffers(frontend)
     return checkpoint
 
 
 def _given_buffers(frontend: Any) -> dict[str, torch.Tensor]:
     """Window and mel filters of a front-end, where they are not those that its configuration makes."""
-    made = type(frontend)(frontend.config)
+    made = type(frontend)(frontend.cfg)
     given = {name: getattr(frontend, name) for name in _BUFFERS}
     return {name: tensor for name, tensor in given.items() if not torch.equal(tensor.cpu(), getattr(made, name).cpu())}

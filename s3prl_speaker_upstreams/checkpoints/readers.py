@@ -155,11 +155,9 @@ def load_encoder(path: str | os.PathLike, **options: Any):
 
 def build_encoder(checkpoint: Checkpoint):
     """SpeakerEncoder with a checkpoint's weights and front-end, in eval mode."""
-    from ..ecapa import Frontend, SpeakerEncoder
+    from ..ecapa import SpeakerEncoder
 
-    encoder = SpeakerEncoder(checkpoint.ecapa, checkpoint.frontend)
-    if checkpoint.frontend_buffers:
-        encoder.frontend = Frontend(checkpoint.frontend, **checkpoint.frontend_buffers)
+    encoder = SpeakerEncoder(checkpoint.ecapa, checkpoint.frontend, **checkpoint.frontend_buffers)
     encoder.ecapa.load_state_dict(checkpoint.state, strict=True)
     return encoder.eval()
 
