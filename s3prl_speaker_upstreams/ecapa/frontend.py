@@ -86,6 +86,11 @@ class Frontend(nn.Module):
             buffer = own if given is None else given.detach().float().clone()
             self.register_buffer(name, buffer, persistent=given is not None)
 
+    @property
+    def hop(self) -> int:
+        """Samples from one frame to the next."""
+        return self.cfg.hop_length
+
     def frames(self, n_samples: int) -> int:
         """Frames of an utterance of ``n_samples`` >= 1 samples.
 

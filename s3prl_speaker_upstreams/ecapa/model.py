@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .config import EcapaConfig, FrontendConfig
 from .frontend import Frontend
+from .inference import Plan
 from .ragged import Gaps, Ragged, patches
 
 __all__ = ["OUTPUTS", "BatchNorm", "Ecapa", "SpeakerEncoder"]
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 OUTPUTS = ("hidden_states", "mfa", "pooled", "embedding")
 
 
@@ -213,9 +215,12 @@ class Ecapa(nn.Module):
     (4, torch.Size([50, 32]), torch.Size([2, 192]))
     """
 
-    def __init__(self, cfg: EcapaConfig) -> None:
+    def __init__(self, cfg: EcapaConfig, dtype: str = "float32") -> None:
         super().__init__()
-        self.cfg = cfg
+        if dtype not in DTYPES:
+            raise ConfigError(f"Ecapa: got dtype={dtype!r}, expected one of {list(DTYPES)}")
+        self.cfg, self.dtype = cfg, dtype
+        self._plan: tuple[tuple, Plan] | None = None
         self.block_1 = ConvNorm(cfg.n_mels, cfg.channels, cfg.kernel_size)
         self.block_2, self.block_3, self.block_4 = (Block(cfg, d) for d in cfg.dilations)
         self.mfa = ConvNorm(3 * cfg.channels, cfg.mfa_channels, norm=cfg.mfa_norm)
@@ -239,17 +244,60 @@ class Ecapa(nn.Module):
         unknown = [name for name in outputs if name not in OUTPUTS]
         if unknown or not outputs:
             raise ConfigError(f"Ecapa: got outputs={list(outputs)}, expected some of {list(OUTPUTS)}")
-        hidden_states = self._blocks(features)
-        found: dict = {"hidden_states": hidden_states}
-        if set(outputs) != {"hidden_states"}:
-            x = torch.cat([h.data for h in hidden_states[1:]], 1)
-            found["mfa"] = Ragged(self.mfa(x), hidden_states[0].lengths)
+        deep = [name for name in outputs if name != "hidden_states"]
+        mfa = None
+        if self._differentiable(features.data):
+            states = self._blocks(features)
+        else:
+            states, mfa = self._folded()(features, mfa=bool(deep))
+        found = self._head(states, deep, mfa) if deep else {}
+        return {name: states if name == "hidden_states" else found[name] for name in outputs}
+
+    def head(self, hidden_states: Sequence[Ragged], outputs: Sequence[str]) -> dict[str, Tensor | Ragged]:
+        """Some of "mfa", "pooled", "embedding" from the hidden states of :meth:`forward`.
+
+        Raises ConfigError on an unknown output.
+        """
+        unknown = [name for name in outputs if name not in OUTPUTS[1:]]
+        if unknown or not outputs:
+            raise ConfigError(f"Ecapa.head: got outputs={list(outputs)}, expected some of {list(OUTPUTS[1:])}")
+        return self._head(hidden_states, outputs, None)
+
+    def _head(self, states: Sequence[Ragged], outputs: Sequence[str], mfa: Ragged | None) -> dict[str, Tensor | Ragged]:
+        if mfa is None and self._differentiable(states[0].data):
+            mfa = Ragged(self.mfa(torch.cat([h.data for h in states[1:]], 1)), states[0].lengths)
+        elif mfa is None:
+            mfa = self._folded().mfa(states)
+        found: dict = {"mfa": mfa}
         if "pooled" in outputs or "embedding" in outputs:
-            found["pooled"] = self.pool(found["mfa"])
+            found["pooled"] = self.pool(mfa)
         if "embedding" in outputs:
             x = self.embedding(self.pool_norm(found["pooled"]))
             found["embedding"] = self.embedding_norm(x) if self.cfg.embedding_norm else x
         return {name: found[name] for name in outputs}
+
+    def _differentiable(self, x: Tensor) -> bool:
+        """Whether to take the path that records gradients (also the one that torch.compile can see through)."""
+        if self.training or torch.compiler.is_compiling():
+            return True
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def train(self, mode: bool = True) -> Ecapa:
+        """As ``nn.Module.train``; also forgets the folded weights."""
+        self._plan = None
+        return super().train(mode)
+
+    def _folded(self) -> Plan:
+        """The folded weights, made anew when a parameter or buffer has changed since."""
+        tensors = [*self.parameters(), *self.buffers()]
+        state = (self.dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+        if self._plan is None or self._plan[0] != state:
+            self._plan = state, Plan(self, DTYPES[self.dtype])
+        return self._plan[1]
+
+    def __getstate__(self) -> dict:
+        # Weights in the layout of the processor at hand can be neither copied nor pickled.
+        return {**self.__dict__, "_plan": None}
 
     def _blocks(self, features: Ragged) -> tuple[Ragged, ...]:
         cfg = self.cfg
@@ -274,12 +322,14 @@ class SpeakerEncoder(nn.Module):
     ([[101, 6], [101, 6], [101, 6], [101, 6]], 160, 32)
     """
 
-    def __init__(self, ecapa: EcapaConfig, frontend: FrontendConfig, **frontend_buffers: Tensor) -> None:
+    def __init__(
+        self, ecapa: EcapaConfig, frontend: FrontendConfig, dtype: str = "float32", **frontend_buffers: Tensor
+    ) -> None:
         super().__init__()
         if ecapa.n_mels != frontend.n_mels:
             raise ConfigError(f"got {frontend.n_mels} mel bands and a network for {ecapa.n_mels}; they must be equal")
         self.frontend = Frontend(frontend, **frontend_buffers)
-        self.ecapa = Ecapa(ecapa)
+        self.ecapa = Ecapa(ecapa, dtype)
 
     @property
     def downsample_rate(self) -> int:
