@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -56,13 +58,33 @@ def _files(root: Path) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, value: Any):
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
     before = getattr(module, name)
     setattr(module, name, value)
     try:
         yield
     finally:
         setattr(module, name, before)
+
+
+@contextmanager
+def _whole_files(folder: Path, *names: str) -> Iterator[Path]:
+    """The folder to give to s3prl: `folder` if it has all the files, else one beside it whose files then move in.
+
+    A run that is killed while s3prl writes its cache, or a second process of the same run, never sees half a file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if all((folder / name).is_file() for name in names):
+        yield folder
+        return
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield beside
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(beside / name, folder / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def remember_expdir(module: ModuleType) -> None:
@@ -88,7 +110,7 @@ def redirect_path_lists(module: ModuleType) -> None:
     @functools.wraps(original)
     def __init__(self: Any, mode: str, file_path: Any, meta_data: Any, max_timestep: int | None = None) -> None:
         folder = cache_folder("voxceleb1", corpus_key(file_path, Path(meta_data).read_bytes()))
-        with _replaced(module, "CACHE_PATH", str(folder)):
+        with _whole_files(folder, f"{mode}.pkl") as given, _replaced(module, "CACHE_PATH", str(given)):
             original(self, mode, file_path, meta_data, max_timestep)
 
     module.SpeakerClassifiDataset.__init__ = __init__
@@ -102,8 +124,8 @@ def redirect_lengths(module: ModuleType) -> None:
     def __init__(self: Any, vad_config: Any, key_list: Any, file_path: Any, *args: Any, **kwargs: Any) -> None:
         key = corpus_key("", *(corpus_key(root, files=_files(Path(root))).encode() for root in file_path))
         folder = cache_folder("sv_voxceleb1", key)
-        folder.mkdir(parents=True, exist_ok=True)  # s3prl makes only the last folder of the path
-        with _replaced(module, "__file__", str(folder / "dataset.py")):
+        names = [f".wav_lengths/{name}_length.pt" for name in key_list]
+        with _whole_files(folder, *names) as given, _replaced(module, "__file__", str(given / "dataset.py")):
             original(self, vad_config, key_list, file_path, *args, **kwargs)
 
     module.SpeakerVerifi_train.__init__ = __init__

@@ -149,7 +149,7 @@ def _silence_halves(arguments: Sequence[str], rate: float) -> tuple[Period, Peri
             )
         if (unit == "%" and not 0 <= level <= 100) or (unit == "d" and level >= 0):
             raise UnsupportedEffect(
-                f"sox effect {shown!r}: got threshold {threshold}; expected 0 to 100 % or below 0 d"
+                f"sox effect {shown!r}: got threshold {threshold}; expected 0% to 100%, or below 0d"
             )
         restart = index == 1 and periods < 0
         halves[index] = Period(abs(int(periods)), int(seconds * rate + 0.5), level, unit)

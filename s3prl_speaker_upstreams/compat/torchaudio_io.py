@@ -201,13 +201,7 @@ def save(
     if src.ndim != 2:
         raise UnsupportedAudioOption(f"torchaudio.save({uri!r}): got a {src.ndim}-D tensor; expected two dimensions")
     if kind == "flac":
-        subtype = {
-            None: "PCM_24" if src.dtype in (torch.float32, torch.int32) else "PCM_16",
-            16: "PCM_16",
-            24: "PCM_24",
-        }.get(bits_per_sample)
-        if encoding is not None:
-            subtype = None
+        subtype = {None: "PCM_24", 16: "PCM_16", 24: "PCM_24"}.get(bits_per_sample) if encoding is None else None
     elif encoding is None and bits_per_sample is None:
         subtype = _DTYPE_SUBTYPES.get(src.dtype)
     else:
