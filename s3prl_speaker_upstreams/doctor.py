@@ -154,13 +154,13 @@ def _examine_entries(found: Diagnosis) -> None:
     active = [standin for standin in compat.report() if standin.active]
     found.facts.append(("stand-ins for s3prl", str(len(active)) if active else "none needed"))
     for standin in active:
-        found.facts.append(("", f"{standin.name}: {standin.removed_in}; for {standin.used_by}"))
+        found.facts.append(("", f"{standin.name} (gone: {standin.removed_in}), for {standin.used_by[0]}"))
 
 
 def _examine_weights(found: Diagnosis) -> None:
     from s3prl_speaker_upstreams import weights
 
-    cached = [name for name in weights.REGISTRY if weights.cached_path(name) is not None]
+    cached = [name for name in weights.REGISTRY if weights.cached(name) is not None]
     found.facts.append(("weights at hand", ", ".join(cached) or "none"))
     if not cached:
         found.facts.append(("", "s3prl-speaker fetch NAME downloads them, s3prl-speaker list shows the names"))

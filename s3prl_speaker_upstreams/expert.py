@@ -245,15 +245,7 @@ def _kept(frames: Sequence[int], samples: Sequence[int], rate: int) -> list[int]
 
 def _padded(layer: Ragged, samples: Sequence[int], rate: int) -> Tensor:
     """(batch, frames, D): each utterance's frames, the last repeated up to what s3prl keeps, then zeros."""
-    kept = _kept(layer.lengths, samples, rate)
-    if kept == list(layer.lengths):
-        return layer.pad()
-    steps = torch.arange(max(kept))
-    own = torch.tensor(layer.lengths)[:, None]
-    first = own.cumsum(0) - own
-    index = (first + torch.minimum(steps[None, :], own - 1)).to(layer.data.device)
-    inside = (steps[None, :] < torch.tensor(kept)[:, None]).to(layer.data.device)
-    return layer.data[index] * inside[..., None]
+    return layer.extend(_kept(layer.lengths, samples, rate)).pad()
 
 
 def _repeated(embedding: Tensor, frames: Sequence[int], samples: Sequence[int], rate: int) -> Tensor:
