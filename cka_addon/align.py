@@ -25,7 +25,8 @@ GRID_START = 0.0125  # the first of them: the first frame centre of a wav2vec 2.
 class Clock:
     """Frame i is centred at first_center + i * shift.
 
-    shift : seconds between frames;  first_center : seconds;  source : how it is known
+    shift : seconds between frames, 0 for a model with one vector per utterance
+    first_center : seconds;  source : how it is known
 
     >>> Clock(0.02, 0.0125).times(3)
     array([0.0125, 0.0325, 0.0525])
@@ -41,6 +42,8 @@ class Clock:
 
     def nearest(self, times: np.ndarray) -> np.ndarray:
         """Index of the frame nearest to each instant (the earlier one of two as near); may lie outside a recording."""
+        if not self.shift:
+            return np.zeros(len(times), np.int64)
         # The tolerance keeps ties, which are the rule (0 + 10 ms i against 12.5 + 20 ms i is none, 5 ms apart is), stable.
         return np.ceil((times - self.first_center) / self.shift - 0.5 - 1e-6).astype(np.int64)
 
@@ -65,6 +68,8 @@ def align(frames: Sequence[int], clocks: Sequence[Clock], *, rule: str = "neares
     """
     if rule not in ALIGNMENTS:
         raise SpecError(f"got align={rule!r}; expected one of {', '.join(ALIGNMENTS)}")
+    if any(not clock.shift for clock in clocks):
+        raise SpecError("a model gives one vector per utterance; expected frames: compare utterance means instead")
     chosen = reference_clock(clocks)
     moments = clocks[chosen].times(frames[chosen])
     valid = np.ones(len(moments), bool)
@@ -112,8 +117,11 @@ def describe(clocks: Sequence[Clock], rule: str) -> dict[str, object]:
     chosen = reference_clock(clocks)
     reference = clocks[chosen]
     moments = reference.times(1000)
-    misfit = []
+    misfit: list[float | None] = []
     for clock in clocks:
+        if not clock.shift:
+            misfit.append(None)
+            continue
         index = np.maximum(clock.nearest(moments), 0)
         misfit.append(round(float(np.abs(clock.first_center + clock.shift * index - moments).max() * 1000), 4))
     return {

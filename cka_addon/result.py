@@ -1,0 +1,201 @@
+"""A CKA matrix with its intervals, its layers and everything that made it; as table, CSV, Parquet and JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cka_addon import provenance
+from cka_addon.errors import SpecError, StoreError, require
+from cka_addon.models import ModelInfo
+
+FORMAT = "cka_addon result 1"
+
+
+@dataclass
+class CKAResult:
+    """CKA of all wanted pairs of layers.
+
+    models : the models, in the order of the matrix;  values : (layers, layers) float64, NaN outside `mask`
+    lower, upper : ends of the intervals, or None;  baseline : the same with permuted examples, or None
+    hsic : (layers, layers);  details : estimator, options, order, alignment, counts, provenance
+    """
+
+    models: list[ModelInfo]
+    values: np.ndarray
+    mask: np.ndarray
+    lower: np.ndarray | None
+    upper: np.ndarray | None
+    baseline: np.ndarray | None
+    hsic: np.ndarray
+    details: dict
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the models."""
+        return [m.name for m in self.models]
+
+    @property
+    def labels(self) -> list[tuple[str, str]]:
+        """(model, layer) of every row of the matrix."""
+        return [(m.name, layer) for m in self.models for layer in m.layers]
+
+    def rows(self, model: str) -> slice:
+        """Rows of one model. Raises SpecError naming the models there are."""
+        start = 0
+        for m in self.models:
+            if m.name == model:
+                return slice(start, start + len(m.layers))
+            start += len(m.layers)
+        raise SpecError(f"got model '{model}'; expected one of {', '.join(self.names)}")
+
+    def layers(self, model: str) -> tuple[str, ...]:
+        """Layer names of one model."""
+        self.rows(model)
+        return next(m.layers for m in self.models if m.name == model)
+
+    def find(self, layer: str) -> int:
+        """Row of "model/layer"; the layer may be a position. Raises SpecError naming the choices."""
+        model, _, name = layer.rpartition("/")
+        if not model and len(self.models) == 1:
+            model = self.names[0]
+        rows, layers = self.rows(model), self.layers(model)
+        if name in layers:
+            return rows.start + layers.index(name)
+        if name.lstrip("-").isdigit() and -len(layers) <= int(name) < len(layers):
+            return rows.start + int(name) % len(layers)
+        raise SpecError(f"got layer '{layer}'; expected {model}/ and one of {', '.join(layers)} or a position")
+
+    def between(self, a: str, b: str | None = None, what: str = "values") -> np.ndarray:
+        """Part of the matrix: (layers of a, layers of b). what : "values", "lower", "upper", "baseline" or "hsic".
+
+        Raises SpecError where that pair of models was not computed.
+        """
+        b = a if b is None else b
+        rows, columns = self.rows(a), self.rows(b)
+        if not self.mask[rows, columns].all():
+            raise SpecError(
+                f"{a} against {b} was not computed (pairs={self.details['options']['pairs']}); compute with --pairs all"
+            )
+        whole = getattr(self, what)
+        if whole is None:
+            raise SpecError(f"the result has no {what}; compute with intervals or permutations")
+        return whole[rows, columns]
+
+    def to_frame(self):
+        """pandas table, one row per wanted pair of layers (each pair once, row layer not after column layer)."""
+        import pandas
+
+        labels = self.labels
+        positions = [i for m in self.models for i in range(len(m.layers))]
+        counts, options = self.details["counts"], self.details["options"]
+        first = self.details["made_by"][0] if self.details["made_by"] else {}
+        rows = []
+        for i in range(len(labels)):
+            for j in range(i, len(labels)):
+                if not self.mask[i, j]:
+                    continue
+                row = {
+                    "model_a": labels[i][0],
+                    "layer_a": labels[i][1],
+                    "index_a": positions[i],
+                    "model_b": labels[j][0],
+                    "layer_b": labels[j][1],
+                    "index_b": positions[j],
+                    "cka": self.values[i, j],
+                }
+                if self.lower is not None:
+                    row |= {"lower": self.lower[i, j], "upper": self.upper[i, j]}
+                if self.baseline is not None:
+                    row["permuted"] = self.baseline[i, j]
+                row["hsic"] = self.hsic[i, j]
+                rows.append(row)
+        table = pandas.DataFrame(rows)
+        table["estimator"] = self.details["estimator"]
+        table["mode"] = options["mode"]
+        table["examples_are"] = options["examples"]
+        table["examples"], table["utterances"] = counts["examples"], counts["utterances"]
+        table["batch_size"] = options["batch_size"] if options["mode"] == "minibatch" else None
+        table["interval"] = self.details["interval"]
+        table["seed"] = options["seed"]
+        table["git_revision"] = first.get("git_revision")
+        return table
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the table and, beside it, PATH.provenance.json with everything that made it."""
+        table = self.to_frame()
+        self._sidecar(path)
+        return provenance.write_atomically(path, lambda temporary: table.to_csv(temporary, index=False))
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write the table as Parquet with the provenance in the file's own metadata (key "cka_addon") as well."""
+        arrow = require("pyarrow", "pip install pyarrow", "writing Parquet")
+        parquet = require("pyarrow.parquet", "pip install pyarrow", "writing Parquet")
+        table = arrow.Table.from_pandas(self.to_frame(), preserve_index=False)
+        metadata = {**(table.schema.metadata or {}), b"cka_addon": json.dumps(self.details, default=str).encode()}
+        table = table.replace_schema_metadata(metadata)
+        self._sidecar(path)
+        return provenance.write_atomically(path, lambda temporary: parquet.write_table(table, temporary))
+
+    def _sidecar(self, path: str | Path) -> None:
+        provenance.write_json(Path(path).with_suffix(".provenance.json"), self.details)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the whole result as JSON (`load` reads it back exactly)."""
+
+        def plain(x: np.ndarray | None) -> list | None:
+            return None if x is None else [[None if np.isnan(v) else float(v) for v in row] for row in x]
+
+        data = {
+            "format": FORMAT,
+            "models": [m.to_dict() for m in self.models],
+            "values": plain(self.values),
+            "lower": plain(self.lower),
+            "upper": plain(self.upper),
+            "permuted": plain(self.baseline),
+            "hsic": plain(self.hsic),
+            "details": self.details,
+        }
+        return provenance.write_json(path, data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CKAResult:
+        """Read what `save` wrote. Raises StoreError where the file is something else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"{path}: cannot be read as JSON ({error}); expected a result of 'cka-addon compute'"
+            ) from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise StoreError(f"{path}: is not a result of 'cka-addon compute' (format '{FORMAT}')")
+
+        def array(x: list | None) -> np.ndarray | None:
+            return (
+                None
+                if x is None
+                else np.array([[np.nan if v is None else v for v in row] for row in x], dtype=np.float64)
+            )
+
+        values = array(data["values"])
+        return cls(
+            [ModelInfo.from_dict(m) for m in data["models"]],
+            values,
+            ~np.isnan(values),
+            array(data["lower"]),
+            array(data["upper"]),
+            array(data["permuted"]),
+            array(data["hsic"]),
+            data["details"],
+        )
+
+    def __repr__(self) -> str:
+        counts = self.details["counts"]
+        models = ", ".join(f"{m.name} ({len(m.layers)} layers)" for m in self.models)
+        return (
+            f"CKAResult({models}; {self.details['options']['mode']}, {self.details['estimator'].split(' (')[0]}, "
+            f"{counts['examples']} {self.details['options']['examples']} of {counts['utterances']} utterances)"
+        )
