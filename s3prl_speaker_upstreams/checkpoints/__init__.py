@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .native import save_native
 from .readers import FORMATS, ROLES, Checkpoint, build_encoder, detect_format, load_encoder, read_checkpoint
+from .untrained import untrained
 
 __all__ = [
     "FORMATS",
@@ -19,4 +20,5 @@ __all__ = [
     "load_encoder",
     "read_checkpoint",
     "save_native",
+    "untrained",
 ]

@@ -36,7 +36,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FORMATS = (*LAYOUTS, "native")
-ROLES = ("teacher", "student", "supervised")
+ROLES = ("teacher", "student", "supervised", "untrained")
 
 # Formats whose files have the same keys and shapes: (what decides between them is not in the file).
 _SAME_KEYS = {"speechbrain": "3dspeaker", "3dspeaker": "speechbrain"}
@@ -52,7 +52,7 @@ class Checkpoint:
     ecapa, frontend : configurations
     state : name -> float32 Tensor (``num_batches_tracked``: int64), of :class:`~s3prl_speaker_upstreams.ecapa.Ecapa`
     format : which layout the file had, one of FORMATS
-    role : "teacher" or "student" of a self-supervised pair, or "supervised" (one network)
+    role : "teacher" or "student" of a self-supervised pair, "supervised" (one network), or "untrained"
     provenance : where it came from, plain values
     frontend_buffers : ``window`` (win_length,) and ``mel`` (n_fft / 2 + 1, n_mels) where the file carries them
     """
@@ -153,11 +153,15 @@ def load_encoder(path: str | os.PathLike, **options: Any):
     return build_encoder(read_checkpoint(path, **options))
 
 
-def build_encoder(checkpoint: Checkpoint):
-    """SpeakerEncoder with a checkpoint's weights and front-end, in eval mode."""
+def build_encoder(checkpoint: Checkpoint, dtype: str | None = None):
+    """SpeakerEncoder with a checkpoint's weights and front-end, in eval mode.
+
+    dtype : arithmetic of the network, "float32" (default) or "bfloat16"; parameters and outputs stay float32
+    """
     from ..ecapa import SpeakerEncoder
 
-    encoder = SpeakerEncoder(checkpoint.ecapa, checkpoint.frontend, **checkpoint.frontend_buffers)
+    precision = {} if dtype is None else {"dtype": dtype}
+    encoder = SpeakerEncoder(checkpoint.ecapa, checkpoint.frontend, **precision, **checkpoint.frontend_buffers)
     encoder.ecapa.load_state_dict(checkpoint.state, strict=True)
     return encoder.eval()
 

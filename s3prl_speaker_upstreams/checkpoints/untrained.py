@@ -1,0 +1,36 @@
+"""Random weights that say so: for trying a pipeline where no trained weights can be had, and as a baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..ecapa import DIALECTS, Ecapa
+from ..errors import ConfigError
+from .readers import Checkpoint
+
+__all__ = ["untrained"]
+
+
+def untrained(dialect: str = "speechbrain", *, seed: int = 0, **fields: Any) -> Checkpoint:
+    """A network that was never trained: PyTorch's default random weights, drawn with a seed.
+
+    dialect : whose architecture and front-end, a name in ``ecapa.DIALECTS``
+    seed : of the weights; the same seed gives the same weights, and the global random state is left alone
+    fields : of EcapaConfig, such as ``channels=256``
+
+    Returns a Checkpoint of role "untrained", which every reader reports. Raises ConfigError for an unknown dialect.
+
+    >>> checkpoint = untrained(channels=16, mfa_channels=24)
+    >>> checkpoint.role, checkpoint.provenance["training_data"]
+    ('untrained', 'none: random weights, seed 0')
+    """
+    if dialect not in DIALECTS:
+        raise ConfigError(f"got dialect={dialect!r}, expected one of {', '.join(DIALECTS)}")
+    config = DIALECTS[dialect].ecapa_config(**fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = {name: tensor.clone() for name, tensor in Ecapa(config).state_dict().items()}
+    provenance = {"training_data": f"none: random weights, seed {seed}", "dialect": dialect, "torch": torch.__version__}
+    return Checkpoint(config, DIALECTS[dialect].frontend, state, "native", "untrained", provenance)
