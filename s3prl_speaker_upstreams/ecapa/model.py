@@ -290,7 +290,13 @@ class Ecapa(nn.Module):
     def _folded(self) -> Plan:
         """The folded weights, made anew when a parameter or buffer has changed since."""
         tensors = [*self.parameters(), *self.buffers()]
-        state = (self.dtype, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+        # Changes through ``.data`` leave the version alone; three values catch those that touch every parameter.
+        probes = (self.block_1.conv.bias, self.block_4.tdnn2.conv.bias, self.mfa.conv.bias)
+        state = (
+            self.dtype,
+            torch.stack([p.detach()[0] for p in probes]).tolist(),
+            *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors),
+        )
         if self._plan is None or self._plan[0] != state:
             self._plan = state, Plan(self, DTYPES[self.dtype])
         return self._plan[1]
