@@ -28,10 +28,12 @@ options=(--exp "$EXP" --conf "$RECIPE/conf")
 [[ -n $DATA ]] && options+=(--data "$DATA")
 [[ -n $S3PRL_ROOT ]] && options+=(--s3prl-root "$S3PRL_ROOT")
 
+own=() collect=no
 for stage in $STAGES; do
-  if [[ $stage == collect ]]; then
-    "$PYTHON" -m s3prl_speaker_upstreams.superb collect --exp "$EXP"
-  else
-    "$PYTHON" -m s3prl_speaker_upstreams.superb run "$task" "$upstream" "${options[@]}" "$@" --stages "$stage"
-  fi
+  if [[ $stage == collect ]]; then collect=yes; else own+=("$stage"); fi
 done
+if [[ ${#own[@]} -gt 0 ]]; then
+  "$PYTHON" -m s3prl_speaker_upstreams.superb run "$task" "$upstream" "${options[@]}" "$@" \
+    --stages "$(IFS=,; echo "${own[*]}")"
+fi
+if [[ $collect == yes ]]; then "$PYTHON" -m s3prl_speaker_upstreams.superb collect --exp "$EXP"; fi

@@ -538,7 +538,7 @@ def _choose_on_dev(run: Run) -> dict[str, Any]:
 
 
 def _choose_verification(run: Run) -> dict[str, Any]:
-    """VoxCeleb1 has no validation part: saved checkpoints are tested and the best EER counts (s3prl's docs/superb.md)."""
+    """VoxCeleb1 has no validation part: saved checkpoints are tested, the best EER counts (s3prl's docs/superb.md)."""
     tried = []
     for lr, _, expdir in _experiments(run):
         saved = [c for c in checkpoints(expdir) if c.path.name.startswith("states-")]

@@ -1,0 +1,142 @@
+"""The task table, the yaml files and the command line agree with each other and with the published values."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s3prl_speaker_upstreams.superb.__main__ import main
+from s3prl_speaker_upstreams.superb.errors import UnknownTask
+from s3prl_speaker_upstreams.superb.reference import POINTS
+from s3prl_speaker_upstreams.superb.stages import CONF
+from s3prl_speaker_upstreams.superb.tasks import SWEEP, TASKS, find_task
+
+RECIPE = CONF.parent
+
+# (updates, accumulation, learning rate) of SUPERB's downstream configurations, s3prl 0.4.18
+STOCK = {
+    "PR": (100000, 2, 1e-2),
+    "ASR": (200000, 1, 1e-4),
+    "KS": (200000, 1, 1e-4),
+    "SID": (200000, 4, 1e-4),
+    "ASV": (200000, 5, 1e-4),
+    "SD": (30000, 4, 1e-4),
+    "IC": (200000, 1, 1e-4),
+    "SF": (200000, 1, 1e-4),
+    "ER": (30000, 8, 1e-4),
+    "SE": (150000, 1, 1e-4),
+    "SS": (150000, 1, 1e-4),
+}
+CHECKOUT = {
+    "PR": "ctc/libriphone.yaml",
+    "ASR": "asr/config.yaml",
+    "KS": "speech_commands/config.yaml",
+    "QbE": "quesst14_dtw/config.yaml",
+    "SID": "voxceleb1/config.yaml",
+    "ASV": "sv_voxceleb1/config.yaml",
+    "SD": "diarization/config.yaml",
+    "IC": "fluent_commands/config.yaml",
+    "SF": "ctc/snips.yaml",
+    "ER": "emotion/config.yaml",
+    "SE": "enhancement_stft/configs/cfg_voicebank.yaml",
+    "SS": "separation_stft/configs/cfg.yaml",
+}
+
+
+def _flat(config: dict, above: str = "") -> dict:
+    out = {}
+    for key, value in config.items():
+        out.update(_flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value})
+    return out
+
+
+def _yaml(task: str) -> dict:
+    return yaml.safe_load((CONF / f"{task}.yaml").read_text())
+
+
+@pytest.mark.parametrize("task", STOCK)
+def test_yaml_has_the_stock_hyperparameters(task):
+    config = _yaml(task)
+    runner = config["runner"]
+    values = (runner["total_steps"], runner["gradient_accumulate_steps"], float(config["optimizer"]["lr"]))
+    assert values == STOCK[task]
+    assert runner["total_steps"] % runner["save_step"] == 0  # or the last updates would not be saved
+
+
+@pytest.mark.parametrize("task", CHECKOUT)
+def test_yaml_equals_that_of_a_checkout_but_for_paths(task):
+    root = os.environ.get("S3PRL_ROOT")
+    if not root:
+        pytest.skip("S3PRL_ROOT names no checkout of s3prl to compare with")
+    theirs = _flat(yaml.safe_load((Path(root) / "s3prl" / "downstream" / CHECKOUT[task]).read_text()))
+    ours = _flat(_yaml(task))
+    assert set(ours) == set(theirs)
+    different = {key for key in ours if ours[key] != theirs[key]}
+    assert all("/" in str(ours[key]) for key in different), different
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_key_that_a_run_sets_is_one_of_the_yaml(task, tmp_path):
+    known = set(_flat(_yaml(task))) | {"downstream_expert.max_workers"}
+    spec = TASKS[task]
+    (tmp_path / "lexicon").mkdir()
+    keys = {*spec.settings(tmp_path, tmp_path), *spec.smoke, spec.workers}
+    assert keys <= known
+    if spec.folds:
+        assert "downstream_expert.datarc.test_fold" in known
+
+
+def test_tables_are_complete():
+    assert len(TASKS) == 12
+    assert {m.leaderboard for t in TASKS.values() for m in t.metrics} == set(POINTS)
+    assert len({m.name for t in TASKS.values() for m in t.metrics}) == len(POINTS)
+    assert all(t.predictions and t.packages and t.extra for t in TASKS.values())
+    assert list(SWEEP) == sorted(SWEEP, reverse=True)
+
+
+def test_task_names_ignore_case_and_wrong_ones_list_the_right(capsys):
+    assert find_task("qBe").name == "QbE"
+    with pytest.raises(UnknownTask, match=r"did you mean SID\? The tasks are PR, ASR"):
+        find_task("SIDD")
+    assert main(["run", "SLU", "fbank", "--smoke"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("UnknownTask") and "SF" in message and "Traceback" not in message
+
+
+def test_missing_corpus_is_told_with_what_to_download(capsys, tmp_path):
+    assert main(["run", "ER", "fbank", "--exp", str(tmp_path)]) == 1
+    assert "IEMOCAP" in capsys.readouterr().err
+    assert main(["run", "ER", "fbank", "--exp", str(tmp_path), "--data", str(tmp_path / "nowhere")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_unknown_stage_and_bad_setting_are_refused(capsys, tmp_path):
+    assert main(["run", "KS", "fbank", "--exp", str(tmp_path), "--smoke", "--stages", "sing"]) == 1
+    assert "check, prepare, train, choose, evaluate, score" in capsys.readouterr().err
+    assert main(["run", "KS", "fbank", "--exp", str(tmp_path), "--smoke", "--set", "runner.total_steps"]) == 1
+    assert "KEY=VALUE" in capsys.readouterr().err
+
+
+def test_scripts_explain_themselves_and_count_elements():
+    for script in ("run.sh", "all.sh"):
+        done = subprocess.run([RECIPE / script], capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "recipes/superb/" in done.stderr
+    env = {**os.environ, "COUNT": "1", "TASKS": "KS SID ER", "PYTHON": sys.executable}
+    done = subprocess.run([RECIPE / "all.sh", "a", "b"], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "6"
+    env = {**env, "COUNT": "", "ELEMENT": "6"}
+    done = subprocess.run([RECIPE / "all.sh", "a", "b"], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 2 and "0 to 5" in done.stderr
+
+
+def test_superb_modules_start_without_torch_or_s3prl():
+    code = (
+        "import sys; import s3prl_speaker_upstreams.superb.__main__; "
+        "sys.exit(bool({'torch', 's3prl', 'pandas'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
