@@ -46,9 +46,10 @@ _SPEECHBRAIN = {
 }
 
 # sslsv has SpeechBrain's modules, with BatchNorm not wrapped in a module of its own.
-_SSLSV = {ours: theirs.removesuffix(".norm") if _nested else theirs
-          for ours, theirs in _SPEECHBRAIN.items()
-          for _nested in [theirs.endswith((".norm.norm", "asp_bn.norm"))]}  # fmt: skip
+_SSLSV = {
+    ours: theirs.removesuffix(".norm") if theirs.endswith((".norm.norm", "asp_bn.norm")) else theirs
+    for ours, theirs in _SPEECHBRAIN.items()
+}
 
 _WESPEAKER = {
     "block_1.conv": "layer1.conv",
@@ -153,7 +154,7 @@ def canonical_tensors(res2_convs: int, absent: frozenset[str] = frozenset()) -> 
 
     >>> names = canonical_tensors(7)
     >>> names[0], len(names)
-    ('block_1.conv.weight', 249)
+    ('block_1.conv.weight', 236)
     """
     every = {**_SPEECHBRAIN, "embedding_norm": ""}
     return [

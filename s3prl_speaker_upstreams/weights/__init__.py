@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from .cache import by_hand_path, cache_folder, cached, hub_cache_folder, resolve
-from .download import download
+from .downloader import download
 from .registry import REGISTRY, PublicCheckpoint, lookup
 
 __all__ = [

@@ -16,16 +16,16 @@ import re
 import shutil
 import stat
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import zipfile
 from pathlib import Path
+from time import sleep
 
 from filelock import FileLock
 
 from ..errors import ConfigError, DownloadError
-from .download import (
+from .downloader import (
     PASSING,
     Answer,
     copy_atomically,
@@ -329,7 +329,7 @@ def _ask(url: str, remedy: str) -> Answer:
             final = is_nowhere(error) and attempt > 0
         if final or attempt == 3:
             break
-        time.sleep(0.5 * 2**attempt)
+        sleep(0.5 * 2**attempt)
     raise DownloadError(f"{problem}. {remedy}")
 
 

@@ -1,4 +1,4 @@
-"""Command verbs for checkpoints: ``list``, ``info``, ``fetch``, ``convert``.
+"""Command verbs for checkpoints: ``list``, ``info``, ``fetch``, ``convert``, ``init``.
 
 :func:`add_parsers` adds them to a command line; each sets ``func`` to what runs it, which returns an exit code. Results
 go to standard output, everything else to the log. Nothing heavy is imported before a command runs.
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 # As `checkpoints.FORMATS`, which would import torch; a test holds them equal.
 FORMATS = ("speechbrain", "3dspeaker", "wespeaker", "rdino", "sdpn", "sslsv", "taoruijie", "native")
-ROLES = ("teacher", "student", "supervised")
+ROLES = ("teacher", "student", "supervised", "untrained")
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -72,6 +72,20 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     _reading_options(verb)
     verb.add_argument("--fp16", action="store_true", help="store in half precision: half the size, read as float32")
     verb.set_defaults(func=_convert)
+
+    verb = subparsers.add_parser(
+        "init",
+        help="write an explicitly untrained checkpoint",
+        description="Write a network with random weights, marked as untrained: to try a pipeline where no trained "
+        "weights can be had, and as the baseline that a trained network must beat.",
+    )
+    verb.add_argument("target", metavar="DST", help="a file ending in .safetensors, or a folder")
+    verb.add_argument(
+        "--dialect", default="speechbrain", help="whose architecture and front-end (default: speechbrain)"
+    )
+    verb.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    verb.add_argument("--channels", type=int, help="width C of the blocks (default: the dialect's); MFA has 3 C")
+    verb.set_defaults(func=_init)
 
 
 def _reading_options(verb: argparse.ArgumentParser) -> None:
@@ -238,7 +252,7 @@ def _convert(args: argparse.Namespace) -> int:
             provenance = {key: getattr(entry, key) for key in keep if getattr(entry, key) not in (None, "")}
         from ..checkpoints import read_checkpoint, save_native
         from ..checkpoints.readers import find_file
-        from .download import sha256_of
+        from .downloader import sha256_of
 
         checkpoint = read_checkpoint(
             path, format=args.format, role=args.role, frontend=args.frontend, allow_pickle=args.allow_pickle
@@ -252,4 +266,16 @@ def _convert(args: argparse.Namespace) -> int:
         return 1
     size = f"{target.stat().st_size / 1e6:.1f} MB"
     _write([f"{target}: {checkpoint.role}, {checkpoint.ecapa.channels} channels, {size} (from {checkpoint.format})"])
+    return 0
+
+
+def _init(args: argparse.Namespace) -> int:
+    from ..checkpoints import save_native, untrained
+
+    try:
+        widths = {} if args.channels is None else {"channels": args.channels, "mfa_channels": 3 * args.channels}
+        target = save_native(untrained(args.dialect, seed=args.seed, **widths), args.target)
+    except SpeakerUpstreamError as error:
+        return _fail(error)
+    logger.info("%s: UNTRAINED random weights (seed %d), fit for testing only", target, args.seed)
     return 0

@@ -160,6 +160,15 @@ def write(format: str, path: Path, **options) -> dict[str, dict[str, torch.Tenso
     raise AssertionError(format)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that a second thread only waits, long where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """Writes a tiny checkpoint: ``path, networks = tiny("wespeaker")``; `networks` is role -> canonical tensors."""

@@ -12,12 +12,12 @@ import re
 import shutil
 import socket
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any, NamedTuple
 
 from filelock import FileLock
@@ -59,7 +59,8 @@ def sha256_of(path: str | os.PathLike, description: str | None = None) -> str:
     """SHA-256 of a file, hexadecimal; a bar appears if it takes over two seconds.
 
     >>> import tempfile
-    >>> sha256_of(tempfile.NamedTemporaryFile().name)[:8]
+    >>> with tempfile.NamedTemporaryFile() as empty:
+    ...     sha256_of(empty.name)[:8]
     'e3b0c442'
     """
     digest = hashlib.sha256()
@@ -274,7 +275,7 @@ def _transfer(url: str, part: Path, note: Path, progress: bool, remedy: str, ret
             raise DownloadError(_with(f"{url}: cannot be downloaded: {problem}{have}", remedy))
         wait = 0.5 * 2 ** (failures - 1)
         logger.warning("%s: %s; trying again in %.1f s", url, problem, wait)
-        time.sleep(wait)
+        sleep(wait)
 
 
 def is_nowhere(error: BaseException) -> bool:
