@@ -1,4 +1,4 @@
-"""Additive angular margin softmax (ArcFace, arXiv 1801.07698) with sub-centres and a margin that rises during training."""
+"""Additive angular margin softmax (ArcFace, arXiv 1801.07698) with sub-centres and a rising margin."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def margin_at(
 ) -> float:
     """Margin (radians) at an optimizer step: ``initial`` until ``start``, ``final`` from ``end`` on.
 
-    In between it rises linearly, or exponentially towards ``final`` (a thousandth is left at ``end``; WeSpeaker's shape).
+    In between it rises linearly, or exponentially towards ``final`` (a thousandth is left at ``end``, as in
+    WeSpeaker).
 
     >>> [round(margin_at(s, start=10, end=20, initial=0.0, final=0.2), 3) for s in (0, 10, 15, 20, 99)]
     [0.0, 0.0, 0.194, 0.2, 0.2]
@@ -65,7 +66,7 @@ class AamSoftmax(nn.Module):
         return cosines.view(-1, self.classes, self.sub_centres).amax(-1) if self.sub_centres > 1 else cosines
 
     def logits(self, cosines: Tensor, labels: Tensor) -> Tensor:
-        """Scaled cosines with cos(angle + margin) at each row's label; beyond pi - margin continued as a shifted cosine."""
+        """Scaled cosines with cos(angle + margin) at each row's label; past pi - margin a shifted cosine."""
         true = cosines.gather(1, labels[:, None])
         sine = torch.sqrt((1.0 - true.square()).clamp_min(1e-12))
         moved = true * math.cos(self.margin) - sine * math.sin(self.margin)

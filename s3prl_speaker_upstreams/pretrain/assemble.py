@@ -12,11 +12,11 @@ import torch
 
 from ..ecapa import Frontend, SpeakerEncoder
 from ..errors import ConfigError
-from .config import AugmentSection, PretrainConfig
+from .augment import AugmentConfig, Augmenter
+from .config import PretrainConfig
 from .distributed import is_main, rank, world_size
 from .tasks import model_configs
 from .trainer import Trainer, pick_device, start_distributed
-from .typed import to_dict
 
 __all__ = ["build_trainer", "embed_with", "make_augmenter", "make_manifest"]
 
@@ -57,26 +57,20 @@ def make_manifest(config: PretrainConfig) -> Any:
     )
 
 
-def make_augmenter(section: AugmentSection) -> Any:
+def make_augmenter(config: AugmentConfig) -> Augmenter | None:
     """The augmenter, or None where nothing is switched on."""
-    from .augment import AugmentConfig, Augmenter
-
-    values = to_dict(section)
-    values["snr_db"] = tuple(values["snr_db"])
-    nothing = not section.noise and not section.rirs and section.band_limit_hz is None
-    if nothing and not (section.equaliser_p or section.band_p or section.gain_p):
-        return None
-    return Augmenter(AugmentConfig.from_dict(values), sample_rate=SAMPLE_RATE)
+    on = config.noise or config.rirs or config.band_limit_hz or config.equaliser_p or config.band_p or config.gain_p
+    return Augmenter(config, sample_rate=SAMPLE_RATE) if on else None
 
 
 def _log_mels(config: PretrainConfig) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
     """Front-end before normalisation, NumPy in and out."""
     _, frontend_config = model_configs(config.model)
-    frontend = Frontend(frontend_config.replace(normalisation="none"))
+    frontend = Frontend(frontend_config)
 
     @torch.no_grad()
     def features(wavs: list[np.ndarray]) -> list[np.ndarray]:
-        ragged = frontend([torch.from_numpy(np.ascontiguousarray(w, dtype=np.float32)) for w in wavs])
+        ragged = frontend.log_mel([torch.from_numpy(np.ascontiguousarray(w, dtype=np.float32)) for w in wavs])
         return [x.numpy() for x in ragged.split()]
 
     return features
@@ -118,6 +112,7 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
                 versions=data.feature_versions,
                 **crops,
             )
+            dataset.preload(progress=is_main())
         else:
             dataset = pipeline.MultiCropDataset(manifest, cache_mb=data.cache_mb, **crops)
     sampler = pipeline.BatchSampler(

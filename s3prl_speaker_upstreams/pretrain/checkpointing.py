@@ -1,7 +1,7 @@
 """Checkpoints of a run that appear whole or not at all, are verified when read, and fall back to the one before.
 
-A checkpoint is ``step_00000150.pt`` with its SHA-256 in ``step_00000150.pt.sha256``. It is written beside, flushed to the
-disk and renamed; a kill at any moment leaves the previous one. Reading uses ``torch.load(weights_only=True)``.
+A checkpoint is ``step_00000150.pt`` with its SHA-256 in ``step_00000150.pt.sha256``. It is written beside, flushed to
+the disk and renamed; a kill at any moment leaves the previous one. Reading uses ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class CheckpointStore:
                 raise CheckpointUnreadable(f"{path}: corrupt: SHA-256 {got[:12]}..., expected {expected[:12]}...")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - unpickling a damaged file may raise nearly anything
+        except Exception as error:  # unpickling a damaged file may raise nearly anything
             raise CheckpointUnreadable(f"{path}: not readable: {type(error).__name__}: {error}") from error
 
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["add_parsers"]
 
@@ -23,10 +28,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     config = load(args.preset, file=args.config, overrides=overrides)
     if args.data:
         config.data.train = list(args.data)
-    if args.noise:
-        config.data.augment.noise = args.noise
-    if args.rirs:
-        config.data.augment.rirs = args.rirs
+    given = {key: value for key, value in (("noise", args.noise), ("rirs", args.rirs)) if value}
+    config.data.augment = dataclasses.replace(config.data.augment, **given)
     if args.trials:
         config.eval.trials, config.eval.root = args.trials, args.trials_root
     if args.show:
@@ -99,23 +102,19 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration(source: str, batches: int, rows: int = 32, seconds: float = 3.0) -> Any:
-    """Unaugmented segments: ``batches`` lists of ``rows`` waveforms of up to ``seconds``, spread over the data."""
+def _calibration(source: str, batches: int, rows: int = 32, seconds: float = 3.0) -> Iterator[list[Tensor]]:
+    """Unaugmented segments: ``batches`` lists of ``rows`` waveforms of ``seconds``, spread over the data."""
     import numpy as np
     import torch
 
-    from .audio import read_segment
+    from .data import MultiCropDataset
     from .manifest import build_manifest
 
     manifest = build_manifest(source)
+    dataset = MultiCropDataset(manifest, n_global=1, n_local=0, global_seconds=seconds)
     picks = np.linspace(0, len(manifest) - 1, batches * rows).astype(int)
     for start in range(0, len(picks), rows):
-        wavs = []
-        for index in picks[start : start + rows]:
-            utterance = manifest[int(index)]
-            length = min(int(seconds * 16000), int(utterance.seconds * 16000))
-            wavs.append(torch.from_numpy(read_segment(utterance, 0, length)))
-        yield wavs
+        yield [torch.from_numpy(dataset[(start, int(i))].global_crops[0]) for i in picks[start : start + rows]]
 
 
 def _average(args: argparse.Namespace) -> int:

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import ConfigError
+from .augment import AugmentConfig
 from .typed import apply_overrides, build, to_dict
 
 __all__ = [
     "PRESETS",
     "AamConfig",
-    "AugmentSection",
     "CollapseConfig",
     "DataConfig",
     "DinoConfig",
@@ -76,27 +76,6 @@ class ModelConfig:
 
 
 @dataclass
-class AugmentSection:
-    """Noise, reverberation and channel; the fields of :class:`.augment.AugmentConfig` (levels in dB, bands in Hz)."""
-
-    noise: str | None = None  # a folder of recordings; MUSAN's layout is recognised
-    rirs: str | None = None  # a folder of room impulse responses; RIRS_NOISES' layout is recognised
-    noise_p: float = 0.5
-    snr_db: tuple[float, float] = (0.0, 15.0)
-    rir_p: float = 0.5
-    noise_categories: bool = True
-    max_rir_seconds: float = 1.0
-    band_limit_hz: float | None = None
-    band_limit_p: float = 1.0
-    equaliser_p: float = 0.0
-    equaliser_db: float = 6.0
-    band_p: float = 0.0
-    gain_db: float = 0.0
-    gain_p: float = 0.0
-    cache_mb: int = 256
-
-
-@dataclass
 class DataConfig:
     """Where the speech is and how it is cut."""
 
@@ -115,7 +94,7 @@ class DataConfig:
     cache_mb: int = 0
     feature_versions: int = 0  # > 0: keep so many augmented log-mel versions of each utterance in memory (small data)
     manifest_cache: str | None = None  # folder of cached manifests; None: the user's cache folder
-    augment: AugmentSection = field(default_factory=AugmentSection)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass
@@ -128,7 +107,7 @@ class CollapseConfig:
     min_effective_dimension: float = 4.0  # plain centring on two hours of speech falls to 3
     min_marginal_fraction: float = 0.4  # of ln(prototypes); plain centring fell to 2.7 of 7.6 nats
     min_spread: float = 0.02  # standard deviation per dimension of unit embeddings, times sqrt(dimension); 1 is uniform
-    min_below_lnk: float = 1e-3  # loss - ln(prototypes) above minus this: the output is uniform, nothing is learned
+    min_below_lnk: float = 1e-3  # |loss - ln(prototypes)| below this: the output is uniform, nothing is learned
 
 
 @dataclass
@@ -284,31 +263,32 @@ class PretrainConfig:
 
 
 # WeSpeaker examples/voxceleb/v3/dino/conf/ecapa_tdnn.yaml and ssl/bin/train_dino.py at commit
-# dfa741957e5c11f477623b6e583d67d0af25ee88: ECAPA C=512 with global-context attention and BatchNorm behind the embedding,
-# Vox1-O 3.016 % EER. 2 GPUs x 64; lr 0.2 and min_lr 5e-5 per 256 utterances; 150 epochs, 20 warm-up; SGD, momentum 0.9,
-# no Nesterov; clip 3 per parameter; last layer frozen for one epoch; teacher temperature 0.04 to 0.07 over 20 % of the
-# run; centre momentum 0.9; teacher momentum 0.996 to 1; crops 2 x 300 and 4 x 200 frames; MUSAN and RIRs on every crop.
+# dfa741957e5c11f477623b6e583d67d0af25ee88: ECAPA C=512 with global-context attention and BatchNorm behind the
+# embedding, Vox1-O 3.016 % EER. 2 GPUs x 64; lr 0.2 and min_lr 5e-5 per 256 utterances; 150 epochs, 20 warm-up; SGD,
+# momentum 0.9, no Nesterov; clip 3 per parameter; last layer frozen for one epoch; teacher temperature 0.04 to 0.07 over
+# 20 % of the run; centre momentum 0.9; teacher momentum 0.996 to 1; crops 2 x 300 and 4 x 200 frames; every crop gets
+# either reverberation or MUSAN noise (here each with probability 0.5, so that some get both and some neither).
 _VOXCELEB2_DINO: dict[str, Any] = {
     "method": "dino",
     "model": {"dialect": "wespeaker", "ecapa": {"channels": 512, "attention_context": True, "embedding_norm": True}},
     "data": {
         "workers": 12,
-        "augment": {"noise_p": 0.6, "rir_p": 0.6, "snr_db": [0.0, 15.0]},
+        "augment": {"noise_p": 0.5, "rir_p": 0.5},
     },
     "optim": {"lr": 0.2, "min_lr": 5e-5, "warmup": "20 epochs", "weight_decay": 5e-5, "weight_decay_end": 5e-5},
     "run": {"epochs": 150, "batch": 64},
 }
 
-# WeSpeaker examples/voxceleb/v2/conf/ecapa_tdnn.yaml, utils/schedulers.py, same commit: ECAPA C=512, Vox1-O 1.069 % EER
-# (0.957 with AS-norm). Segments of 200 frames, noise or reverberation with probability 0.6, speeds 0.9 / 1.0 / 1.1 as
-# three times the speakers; SGD with Nesterov, weight decay 1e-4 on every parameter, lr 0.1 to 5e-5 exponentially after 6
-# warm-up epochs, scaled by global batch / 64 (utils: scale_ratio); scale 32, margin 0 to 0.2 between epochs 20 and 40.
-# 3D-Speaker egs/voxceleb/sv-ecapa/conf/ecapa_tdnn.yaml (commit 09e7806729ed412d3f216316a552a30c8e9e37fa) for comparison:
+# WeSpeaker examples/voxceleb/v2/conf/ecapa_tdnn.yaml, utils/schedulers.py, same commit: ECAPA C=512, Vox1-O 1.069 %
+# EER (0.957 with AS-norm). Segments of 200 frames, noise or reverberation with probability 0.6, speeds 0.9 / 1.0 / 1.1
+# as three times the speakers; SGD with Nesterov, weight decay 1e-4 on every parameter, lr 0.1 to 5e-5 exponentially
+# with 6 warm-up epochs, scaled by global batch / 64; scale 32, margin 0 to 0.2 between epochs 20 and 40.
+# For comparison 3D-Speaker egs/voxceleb/sv-ecapa/conf/ecapa_tdnn.yaml (commit 09e7806729ed412d3f216316a552a30c8e9e37fa):
 # C=1024, 3 s, augmentation 0.8, lr 0.2 cosine to 5e-5 over 70 epochs at batch 256, margin 0.3 between epochs 20 and 50.
 _VOXCELEB2_SUPERVISED: dict[str, Any] = {
     "method": "supervised",
     "model": {"dialect": "wespeaker", "ecapa": {"channels": 512, "attention_context": True}},
-    "data": {"seconds": 2.015, "workers": 16, "augment": {"noise_p": 0.3, "rir_p": 0.3, "snr_db": [0.0, 15.0]}},
+    "data": {"seconds": 2.015, "workers": 16, "augment": {"noise_p": 0.3, "rir_p": 0.3}},
     "aam": {"scale": 32.0, "margin": 0.2, "margin_start": "19 epochs", "margin_end": "39 epochs"},
     "optim": {
         "lr": 0.1,
@@ -335,7 +315,7 @@ _VOXCELEB2_LARGE_MARGIN: dict[str, Any] = {
     "run": {"epochs": 5, "batch": 64},
 }
 
-# The recipe found by experiment on two hours of unlabelled commands (one CPU thread, minutes): Sinkhorn-Knopp targets and
+# The recipe found by experiment on an hour of unlabelled commands (one CPU thread, minutes): Sinkhorn-Knopp targets and
 # KoLeo, because plain centring collapses on so little data; a small network with stride 2; crops of 2 and 1 seconds
 # band-limited to 4 kHz because the test set (digits) is 8 kHz telephone-like speech; light noise, no reverberation.
 _SMALL_DINO: dict[str, Any] = {

@@ -1,9 +1,9 @@
 """DINO for speakers: Caron et al. 2021 (arXiv 2104.14294), read from top to bottom.
 
 A student sees all crops of an utterance, an exponential-moving-average teacher only the long ones; the student's
-distribution over prototypes must match the teacher's distribution of *another* crop of the same utterance. The teacher's
-distribution is kept from collapsing by centring and sharpening, or by Sinkhorn-Knopp balancing (arXiv 2006.09882). KoLeo
-(arXiv 1806.03198) and RDINO's variance and covariance terms (arXiv 2211.04168) keep the embeddings apart.
+distribution over prototypes must match the teacher's distribution of *another* crop of the same utterance. The
+teacher's distribution is kept from collapsing by centring and sharpening, or by Sinkhorn-Knopp balancing (arXiv
+2006.09882). KoLeo (arXiv 1806.03198) and RDINO's variance and covariance terms (arXiv 2211.04168) keep embeddings apart.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Collapse(SpeakerUpstreamError, RuntimeError):
 class _UnitRowsLinear(torch.autograd.Function):
     """``z @ (v / |v|).T`` for unit-norm rows of ``v``, without ever writing the normalised matrix.
 
-    With 65,536 prototypes ``v`` is 64 MB while ``z`` has tens of rows: what counts is how often ``v`` is walked through.
-    Scaling the logits by ``1 / |v|`` costs a small array; the radial part of the gradient that normalisation removes,
-    ``(g_k . v_k) / |v_k|^2``, comes out of ``sum(grad * logits)`` over the rows of ``z`` alone.
+    With 65,536 prototypes ``v`` is 64 MB while ``z`` has tens of rows: what counts is how often ``v`` is walked
+    through. Scaling the logits by ``1 / |v|`` costs a small array; the radial part of the gradient, which normalisation
+    removes, ``(g_k . v_k) / |v_k|^2``, comes out of ``sum(grad * logits)`` over the rows of ``z`` alone.
     """
 
     @staticmethod
@@ -164,9 +164,9 @@ def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int = 3) ->
 def cross_view_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Mean cross-entropy between every student crop and every *other* teacher crop of the same utterance.
 
-    student : (views, batch, prototypes) cosines, the first views being the teacher's (views > teacher views, or at least
-    2); targets : (teacher views, batch, prototypes). The sum over pairs is regrouped: a student crop meets the sum of the targets that are not its own, so
-    each student row takes part in one product however many teacher crops there are.
+    student : (views, batch, prototypes) cosines, at least 2 views, the first ones being the teacher's; targets :
+    (teacher views, batch, prototypes). The sum over pairs is regrouped: a student crop meets the sum of the targets that
+    are not its own, so each student row takes part in one product however many teacher crops there are.
     """
     views, teacher_views = student.shape[0], targets.shape[0]
     total = targets.sum(0, keepdim=True)
@@ -189,10 +189,10 @@ def koleo_loss(embeddings: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def rdino_regularisation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """RDINO's terms on embeddings averaged over the global crops: (variance, covariance) losses, Eq. 5 to 8 of 2211.04168.
+    """RDINO's (variance, covariance) losses on embeddings averaged over the global crops (arXiv 2211.04168, sec. 2.3).
 
-    student, teacher : (rows, dim). Variance: hinge at 1 on each dimension's deviation, mean of both networks. Covariance:
-    squares off the diagonal, divided by dim, sum of both networks.
+    student, teacher : (rows, dim). Variance: hinge at 1 on each dimension's deviation, mean of both networks.
+    Covariance: squares off the diagonal, divided by dim, sum of both networks.
     """
 
     def terms(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,8 +226,8 @@ def _entropy(p: Tensor) -> Tensor:
 class Dino(nn.Module):
     """Student, teacher, centre and the loss between them.
 
-    ``encoder`` maps a batch of crops to embeddings ``(rows, dim)``. Call with the crops' batches per length (the teacher's
-    first); get the loss of this process. After the optimizer's step call :meth:`update_teacher`.
+    ``encoder`` maps a batch of crops to embeddings ``(rows, dim)``. Call with the crops' batches per length (the
+    teacher's first); get the loss of this process. After the optimizer's step call :meth:`update_teacher`.
 
     >>> torch.manual_seed(0) and None
     >>> dino = Dino(nn.Linear(5, 8), 8, DinoConfig(prototypes=16, head_hidden=12, bottleneck=6, head_norm=False))
@@ -271,7 +271,7 @@ class Dino(nn.Module):
         """Loss of this process's crops.
 
         batches : one entry per crop length, the global crops first; each what ``encoder`` takes, rows ordered crop by
-        crop (all utterances' first crop, then all utterances' second, ...). views : (global, local) crops per utterance.
+        crop (all utterances' first crop, then all utterances' second, ...). views : (global, local) crops of each.
         """
         config, (n_global, n_local) = self.config, views
         with torch.no_grad():
@@ -317,7 +317,7 @@ class Dino(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Teacher parameters become momentum * teacher + (1 - momentum) * student; BatchNorm as ``teacher_norm`` says."""
+        """Teacher becomes momentum * teacher + (1 - momentum) * student; BatchNorm as ``teacher_norm`` says."""
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
         if self.config.teacher_norm == "own":
             return
@@ -370,7 +370,7 @@ class CollapseMonitor:
         c = self.config
         signs = {
             "uniform": (
-                metrics["loss_minus_lnk"] > -c.min_below_lnk,
+                abs(metrics["loss_minus_lnk"]) < c.min_below_lnk,
                 f"the output is still uniform over the prototypes (loss - ln K = {metrics['loss_minus_lnk']:.4f})",
                 "raise optim.lr, lower dino.teacher_temp, or check that the crops of one utterance share a speaker",
             ),
@@ -382,7 +382,7 @@ class CollapseMonitor:
             "dimension": (
                 metrics["effective_dimension"] < c.min_effective_dimension,
                 f"embeddings fill only {metrics['effective_dimension']:.1f} dimensions",
-                "use dino.targets=sinkhorn and dino.koleo=0.3 (or dino.variance=10 dino.covariance=1); little data needs it",
+                "use dino.targets=sinkhorn and dino.koleo=0.3 (or dino.variance=10 dino.covariance=1) on little data",
             ),
             "point": (
                 metrics["embedding_spread"] < c.min_spread,

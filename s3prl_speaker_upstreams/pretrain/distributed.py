@@ -81,7 +81,7 @@ class _Gather(torch.autograd.Function):
 def gather_rows(x: Tensor) -> Tensor:
     """``x : (n, ...)`` of all processes one behind the other, ``(world * n, ...)``; n must be the same everywhere.
 
-    Differentiable: the gradient is that of the sum of all processes' losses, which DistributedDataParallel then averages.
+    Differentiable: the gradient is that of the sum of all processes' losses; DistributedDataParallel then averages.
     """
     return _Gather.apply(x) if world_size() > 1 else x
 
@@ -89,8 +89,8 @@ def gather_rows(x: Tensor) -> Tensor:
 class GlobalBatchNorm(nn.BatchNorm1d):
     """BatchNorm whose training statistics are those of the batches of all processes together.
 
-    ``x : (N, C)`` or ``(N, C, T)``. Unlike :class:`torch.nn.SyncBatchNorm` it works on CPU with gloo. The variance is summed
-    around the global mean in a second pass, so that many processes lose no digits against one.
+    ``x : (N, C)`` or ``(N, C, T)``. Unlike :class:`torch.nn.SyncBatchNorm` it works on CPU with gloo. The variance is
+    summed around the global mean in a second pass, so that many processes lose no digits against one.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -123,8 +123,8 @@ def export(
     """Write a run's encoder in this project's format, with provenance.
 
     run : the ``--out`` folder of a run, or one of its checkpoints. destination : file (``.safetensors``) or folder.
-    calibration : batches of waveforms (lists of 1-D tensors) to measure BatchNorm statistics on anew, or None to keep those
-    of the checkpoint. extra : entries added to the provenance (licence, metrics measured afterwards, ...).
+    calibration : batches of waveforms (lists of 1-D tensors) to measure BatchNorm statistics on anew, or None to keep
+    those of the checkpoint. extra : entries added to the provenance (licence, metrics measured afterwards, ...).
     """
     path = find_checkpoint(run, which)
     state = CheckpointStore.load(path)
@@ -220,8 +220,8 @@ def average_checkpoints(
             base = provenance_of(state, file, "averaged")
             checkpoints.append(
                 Checkpoint(
-                    ecapa=encoder.ecapa.config,
-                    frontend=encoder.frontend.config,
+                    ecapa=encoder.ecapa.cfg,
+                    frontend=encoder.frontend.cfg,
                     state=encoder.ecapa.state_dict(),
                     format="native",
                     role=found,

@@ -29,13 +29,14 @@ def recalibrate_norms(module: nn.Module, batches: Iterable[Any]) -> int:
     momenta, training = [m.momentum for m in norms], module.training
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
     module.train()
     count = 0
     try:
         for batch in batches:
-            module(batch)
             count += 1
+            for norm in norms:
+                norm.momentum = 1.0 / count  # cumulative average
+            module(batch)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -47,8 +47,8 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
 class Features(nn.Module):
     """Equally long crops to normalised log-mel features, without gradient and in float32.
 
-    Waveform crops ``(rows, samples)`` go through the front-end; cached log-mel crops ``(rows, frames, n_mels)``, which were
-    computed before normalisation, are normalised as the front-end would.
+    Waveform crops ``(rows, samples)`` go through the front-end; cached log-mel crops ``(rows, frames, n_mels)``, which
+    were computed before normalisation, are normalised as the front-end would.
     """
 
     def __init__(self, config: FrontendConfig) -> None:

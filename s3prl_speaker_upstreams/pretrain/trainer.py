@@ -103,7 +103,7 @@ def learning_rate(step: int, config: PretrainConfig, *, total: int, warmup: int,
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float, mode: str) -> Tensor:
-    """Scale gradients down to norm ``limit`` (each parameter's own, or all together); returns the norm of all before."""
+    """Scale gradients down to norm ``limit`` (each parameter's own, or all together); returns the norm before."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(())
@@ -133,7 +133,7 @@ class Trainer:
     """Train as ``config`` says into the folder ``out``; goes on from its newest checkpoint if there is one.
 
     ``loader`` yields batches of the task (see :mod:`.data`), has ``state_dict`` / ``load_state_dict`` and
-    ``waited_seconds``; ``batches_per_epoch`` counts its batches. ``evaluate`` maps an encoder to metrics with an ``eer``.
+    ``waited_seconds``; ``batches_per_epoch`` counts its batches. ``evaluate`` maps an encoder to metrics with ``eer``.
     """
 
     def __init__(
@@ -182,8 +182,8 @@ class Trainer:
         run, optim = self.config.run, self.config.optim
         parameters = sum(p.numel() for p in self.task.parameters() if p.requires_grad)
         return (
-            f"{self.config.method}: {self.total} steps of {self.global_batch} utterances ({run.batch} x {run.accumulate} "
-            f"accumulated x {world_size()} processes), {self.steps_per_epoch} steps an epoch, "
+            f"{self.config.method}: {self.total} steps of {self.global_batch} utterances ({run.batch} x "
+            f"{run.accumulate} accumulated x {world_size()} processes), {self.steps_per_epoch} steps an epoch, "
             f"{self.total / self.steps_per_epoch:.1f} epochs; effective learning rate {optim.lr * self.scale:.3g} "
             f"(lr {optim.lr:g} x {self.scale:.3g}) after {self.warmup} warm-up steps, {optim.schedule} to "
             f"{optim.min_lr * self.scale:.3g}; {parameters:,} trained parameters, {run.precision} on {self.device}"
@@ -310,8 +310,8 @@ class Trainer:
             names = [name for part in everyone for name in part]
             raise NonFinite(
                 f"step {self.step + 1}: the {what} is not finite. Utterances of this step: {', '.join(names[:64])}. "
-                f"Remedy: listen to these files; lower optim.lr ({self.config.optim.lr:g}) or optim.clip; with fp16 use "
-                f"bf16. The newest checkpoint in {self.store.folder} is from before."
+                f"Remedy: listen to these files; lower optim.lr ({self.config.optim.lr:g}) or optim.clip; with fp16 "
+                f"use bf16. The newest checkpoint in {self.store.folder} is from before."
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -436,7 +436,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "data": self.data,
             "world_size": world_size(),
-            "versions": {"package": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {"package": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
             "host": socket.gethostname(),
         }
 

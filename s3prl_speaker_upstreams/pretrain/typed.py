@@ -71,7 +71,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         raise _wrong(
             path, value, f"one of {', '.join(map(repr, args))}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         if isinstance(value, str):
             value = [value] if value else []
         if not isinstance(value, Sequence):
@@ -81,7 +81,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
                 raise _wrong(path, value, f"{len(args)} values")
             return tuple(_coerce(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
         items = [_coerce(args[0] if args else Any, v, f"{path}[{i}]") for i, v in enumerate(value)]
-        return items if origin is list else tuple(items)
+        return tuple(items) if origin is tuple else items
     if kind is dict or origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(path, value, "a mapping")
@@ -146,7 +146,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """``"a.b=3"`` as (["a", "b"], 3); the value is read as YAML, so ``true``, ``[1, 2]`` and ``null`` mean what they say.
+    """``"a.b=3"`` as (["a", "b"], 3); the value is read as YAML: ``true``, ``[1, 2]`` and ``null`` mean what they say.
 
     >>> parse_override("dino.head.prototypes=2048")
     (['dino', 'head', 'prototypes'], 2048)

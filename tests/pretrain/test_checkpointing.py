@@ -2,7 +2,6 @@
 
 import logging
 import random
-import resource
 import subprocess
 import sys
 

@@ -109,9 +109,7 @@ def test_centre_follows_the_teachers_mean_and_is_subtracted():
     logits = torch.randn(6, 16)
     dino.teacher_temp = 0.05
     first = dino._targets(logits)
-    torch.testing.assert_close(
-        first, F.softmax(logits / 0.05, -1)
-    )  # the centre starts at 0 and is used before it moves
+    torch.testing.assert_close(first, F.softmax(logits / 0.05, -1))
     torch.testing.assert_close(dino.center, 0.25 * logits.mean(0))
     second = dino._targets(logits)
     torch.testing.assert_close(second, F.softmax((logits - 0.25 * logits.mean(0)) / 0.05, -1))
@@ -239,9 +237,7 @@ def test_teacher_norm_own_keeps_statistics_of_its_own_batches():
     step(dino)
     student, teacher = _norms(dino)
     torch.testing.assert_close(teacher.running_mean, expected)
-    assert (
-        int(teacher.num_batches_tracked) == 1 and int(student.num_batches_tracked) == 2
-    )  # no local crops for the teacher
+    assert int(teacher.num_batches_tracked) == 1 and int(student.num_batches_tracked) == 2
     assert not torch.allclose(student.running_mean, teacher.running_mean)
 
 

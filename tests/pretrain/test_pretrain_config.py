@@ -109,7 +109,7 @@ def test_learning_rate_of_the_published_dino_recipe():
 
 
 def test_learning_rate_of_the_published_supervised_recipe():
-    # WeSpeaker's ExponentialDecrease: initial * (final / initial) ** (iteration / all), times the warm-up, times batch / 64
+    # WeSpeaker's ExponentialDecrease: initial * (final / initial) ** (iteration / all), times warm-up, times batch / 64
     config = C.load("voxceleb2_supervised")
     args = {"total": 15000, "warmup": 600, "scale": 2.0}
     expected = 2 * 0.1 * math.exp(7500 / 15000 * math.log(5e-5 / 0.1))
