@@ -199,7 +199,7 @@ LAYOUTS: dict[str, Layout] = {
             "rdino",
             _SPEECHBRAIN,
             ignored=_SSL_HEADS,
-            folder_files=("pretrained_rdino.pth",),
+            folder_files=("pretrained_rdino.pth", "rdino.pth"),
         ),
         Layout(
             "sdpn",

@@ -21,7 +21,7 @@ from ..errors import CheckpointMismatch, CheckpointUnreadable, ConfigError, Miss
 from .files import LoadedFile
 from .readers import ROLES, Checkpoint, expected_shapes
 
-__all__ = ["FILE_NAME", "FORMAT_VERSION", "read_native", "save_native"]
+__all__ = ["FILE_NAME", "FORMAT_VERSION", "is_native", "read_native", "save_native"]
 
 FORMAT_NAME = "s3prl_speaker_upstreams"
 FORMAT_VERSION = 1
@@ -107,25 +107,27 @@ def save_native(
     return target
 
 
+def is_native(loaded: LoadedFile) -> bool:
+    """Whether a loaded file is one that :func:`save_native` wrote, and not another program's safetensors.
+
+    >>> is_native(LoadedFile({}, {"format": "pt"})), is_native(LoadedFile({}, {"format": FORMAT_NAME}))
+    (False, True)
+    """
+    return (loaded.metadata or {}).get("format") == FORMAT_NAME
+
+
 def read_native(file: Path, loaded: LoadedFile) -> Checkpoint:
-    """Checkpoint of a loaded safetensors file.
+    """Checkpoint of a loaded file of ours.
 
-    Raises CheckpointMismatch if it is a safetensors file of somebody else, CheckpointUnreadable if its description is
-    damaged or of a later version.
+    Raises CheckpointUnreadable if its description is damaged or of a later version.
 
-    >>> from s3prl_speaker_upstreams.checkpoints.files import LoadedFile
-    >>> read_native(Path("other.safetensors"), LoadedFile({}, {"format": "pt"}))
+    >>> read_native(Path("x.safetensors"), LoadedFile({}, {"format": FORMAT_NAME}))
     Traceback (most recent call last):
     ...
-    s3prl_speaker_upstreams.errors.CheckpointMismatch: other.safetensors: got a safetensors file of another program \
-(metadata ['format']), expected one written by `convert` or save_native; convert the original checkpoint instead
+    s3prl_speaker_upstreams.errors.CheckpointUnreadable: x.safetensors: the description in its metadata is damaged \
+(KeyError: 'config'); convert the original checkpoint again
     """
     metadata = loaded.metadata or {}
-    if metadata.get("format") != FORMAT_NAME or "config" not in metadata:
-        raise CheckpointMismatch(
-            f"{file}: got a safetensors file of another program (metadata {sorted(metadata)}), expected one written by "
-            "`convert` or save_native; convert the original checkpoint instead"
-        )
     try:
         description = json.loads(metadata["config"])
         version = description["format_version"]

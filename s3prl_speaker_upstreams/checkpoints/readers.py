@@ -108,11 +108,11 @@ def read_checkpoint(
         raise ConfigError(f"got role={role!r}, expected one of {', '.join(ROLES)}")
     ecapa_changes, frontend_changes = _split_overrides(overrides)
 
+    from .native import is_native, read_native
+
     file = find_file(path, format=format, role=role)
     loaded = load_file(file, allow_pickle=allow_pickle)
-    if loaded.metadata is not None:
-        from .native import read_native
-
+    if is_native(loaded):
         checkpoint = read_native(file, loaded)
         if format not in (None, "native"):
             logger.warning("%s: is a native checkpoint, which says itself what it is: format=%s not used", file, format)
@@ -181,9 +181,11 @@ def detect_format(path: str | os.PathLike, *, allow_pickle: bool = False) -> str
     >>> detect_format(folder)
     'native'
     """
+    from .native import is_native
+
     file = find_file(path)
     loaded = load_file(file, allow_pickle=allow_pickle)
-    if loaded.metadata is not None:
+    if is_native(loaded):
         return "native"
     return _detect(_top(loaded, file), file, Path(path))
 
@@ -295,7 +297,7 @@ def _read_original(
     top = _top(loaded, file)
     if format == "native":
         raise CheckpointMismatch(
-            f"{file}: got a PyTorch file, expected a native checkpoint (.safetensors); "
+            f"{file}: got another program's file, expected a native checkpoint (.safetensors, of `convert`); "
             f"{_likely(top, file)} or convert it first"
         )
     if format is None:

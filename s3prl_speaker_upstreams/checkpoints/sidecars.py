@@ -121,7 +121,9 @@ def read(file: Path, format: str) -> Hints:
     if reader is None:
         return Hints()
     names = {"speechbrain": ("hyperparams.yaml",), "wespeaker": ("config.yaml",), "sslsv": ("config.yml",)}[format]
-    for folder in (file.parent, file.parent.parent):
+    # A project's experiment keeps its weights one folder down; anything else's parent folder is none of its business.
+    inside = file.parent.name in ("models", "checkpoints", "exps")
+    for folder in (file.parent, file.parent.parent) if inside else (file.parent,):
         for name in names:
             path = folder / name
             if path.is_file():
@@ -181,10 +183,10 @@ def _speechbrain(data: dict[str, Any], path: Path) -> Hints:
         _expect(path, "compute_features.sample_rate", features.get("sample_rate", 16000), 16000)
         _expect(path, "compute_features.hop_length", features.get("hop_length", 10), 10)
         _expect(path, "compute_features.win_length", features.get("win_length", 25), 25)
-    normalise = data.get("mean_var_norm")
+    normalise = data.get("mean_var_norm")  # SpeechBrain's own defaults, where it says nothing, are not this model's
     if isinstance(normalise, dict):
-        _expect(path, "mean_var_norm.norm_type", normalise.get("norm_type", "sentence"), "sentence")
-        _expect(path, "mean_var_norm.std_norm", normalise.get("std_norm", False), False)
+        _expect(path, "mean_var_norm.norm_type", normalise.get("norm_type", "global"), "sentence")
+        _expect(path, "mean_var_norm.std_norm", normalise.get("std_norm", True), False)
     hints.frontend.pop("n_mels", None)
     return hints
 

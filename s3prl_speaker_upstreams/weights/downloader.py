@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.message
+import functools
 import hashlib
 import http.client
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import sys
 import urllib.error
 import urllib.parse
@@ -98,6 +100,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return following
 
 
+@functools.lru_cache(maxsize=1)
+def _certificates() -> ssl.SSLContext:
+    """The system's certificates; where Python finds none (some builds of it), those of the certifi package."""
+    context = ssl.create_default_context()
+    if not context.get_ca_certs():
+        try:
+            import certifi
+        except ImportError:
+            return context
+        context.load_verify_locations(certifi.where())
+    return context
+
+
 def open_url(url: str, *, offset: int = 0, validator: str | None = None, method: str = "GET") -> tuple[Any, Answer]:
     """Open a URL, from byte `offset` if the file is still the one that had `validator` (an ETag or Last-Modified).
 
@@ -119,7 +134,8 @@ def open_url(url: str, *, offset: int = 0, validator: str | None = None, method:
         if validator:
             request.add_header("If-Range", validator)
     redirects = _Redirects()
-    response = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT)
+    secure = urllib.request.HTTPSHandler(context=_certificates())
+    response = urllib.request.build_opener(redirects, secure).open(request, timeout=_TIMEOUT)
     every = [*redirects.headers, response.headers]
 
     def first(*names: str) -> str | None:
@@ -262,6 +278,10 @@ def _transfer(url: str, part: Path, note: Path, progress: bool, remedy: str, ret
             else:
                 raise DownloadError(_with(http_message(url, error), remedy)) from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+                raise DownloadError(
+                    _with(f"{url}: the server's certificate is not trusted: {error}", remedy)
+                ) from error
             complete, problem = False, str(getattr(error, "reason", error) or type(error).__name__)
             nowhere = is_nowhere(error)
         if complete:

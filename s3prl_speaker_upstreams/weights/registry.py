@@ -7,6 +7,7 @@ that ship inside this package are listed only where their file is present.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,10 @@ class PublicCheckpoint:
 _ECAPA = "Desplanques et al., ECAPA-TDNN, Interspeech 2020, arXiv 2005.07143"
 _WESPEAKER = "Wang et al., Wespeaker, ICASSP 2023, arXiv 2210.17016"
 _SSLSV = "Lepage and Dehak, Self-supervised learning for speaker recognition, Speech Communication 176, 2026"
+_RDINO = (
+    "Chen et al., Pushing the limits of self-supervised speaker verification using regularized distillation framework, "
+    "ICASSP 2023, arXiv 2211.04168"
+)
 _SSPS = "Lepage and Dehak, SSPS, Interspeech 2025, doi 10.21437/Interspeech.2025-183"
 
 
@@ -206,8 +211,7 @@ _PUBLIC = (
         frontend="rdino",
         size=640_000_000,
         eer=3.16,
-        citation="Chen et al., Pushing the limits of self-supervised speaker verification using regularized "
-        "distillation framework (RDINO), ICASSP 2023, arXiv 2211.04168",
+        citation=_RDINO,
         self_supervised=True,
     ),
     PublicCheckpoint(
@@ -251,6 +255,18 @@ _PUBLIC = (
     _sslsv("ecapa_swav_sslsv", "sslsv SwAV ECAPA-1024", "1_oDDza2fau84tZA060Wy8xZfy_guAy6w", 8.12),
     _sslsv("ecapa_vicreg_sslsv", "sslsv VICReg ECAPA-1024", "1Ir37Nh6O38biOvHeW6pzgcMB8oOaAdEg", 7.42),
     _modelscope(
+        "ecapa_dino_3dspeaker",
+        "RDINO ECAPA-TDNN, Mandarin (3D-Speaker)",
+        "damo/speech_rdino_ecapa_tdnn_sv_zh-cn_3dspeaker_16k",
+        "v1.0.1",
+        "rdino.pth",
+        "rdino",
+        frontend="rdino",
+        training_data="3D-Speaker (10,000 Mandarin speakers)",
+        citation=_RDINO,
+        self_supervised=True,
+    ),
+    _modelscope(
         "ecapa_sdpn",
         "SDPN ECAPA-TDNN (3D-Speaker)",
         "iic/speech_sdpn_ecapa_tdnn_sv_en_voxceleb_16k",
@@ -266,30 +282,46 @@ _PUBLIC = (
 )
 
 
+def _told_by(path: Path) -> dict:
+    """Provenance that a native checkpoint states in its header (read without torch or safetensors); {} if it has none.
+
+    The format: 8 bytes of little-endian size, then so much JSON, whose ``__metadata__`` is ours to fill.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10_000_000)))
+        provenance = json.loads(header["__metadata__"]["config"])["provenance"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def _shipped_entry(name: str, title: str, self_supervised: bool) -> PublicCheckpoint:
+    path = SHIPPED_FOLDER / f"{name}.safetensors"
+    told = _told_by(path)
+    return PublicCheckpoint(
+        name,
+        title,
+        "shipped",
+        "",
+        path.name,
+        "native",
+        size=path.stat().st_size,
+        size_exact=True,
+        licence=str(told.get("licence", "Apache-2.0")),
+        training_data=str(told.get("training_data", "see the file's provenance")),
+        citation=str(told.get("citation", _ECAPA)),
+        self_supervised=self_supervised,
+    )
+
+
 def _shipped() -> tuple[PublicCheckpoint, ...]:
     """Weights inside this package, as far as their files are there."""
     known = (
         ("ecapa_dino_small", "DINO ECAPA-TDNN, small (this package)", True),
         ("ecapa_tdnn_small", "ECAPA-TDNN, small (this package)", False),
     )
-    return tuple(
-        PublicCheckpoint(
-            name,
-            title,
-            "shipped",
-            "",
-            f"{name}.safetensors",
-            "native",
-            size=(SHIPPED_FOLDER / f"{name}.safetensors").stat().st_size,
-            size_exact=True,
-            licence="Apache-2.0",
-            training_data="see `info`: the file's own provenance",
-            citation=_ECAPA,
-            self_supervised=self_supervised,
-        )
-        for name, title, self_supervised in known
-        if (SHIPPED_FOLDER / f"{name}.safetensors").is_file()
-    )
+    return tuple(_shipped_entry(*entry) for entry in known if (SHIPPED_FOLDER / f"{entry[0]}.safetensors").is_file())
 
 
 REGISTRY: Mapping[str, PublicCheckpoint] = MappingProxyType({entry.name: entry for entry in (*_PUBLIC, *_shipped())})

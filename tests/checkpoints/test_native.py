@@ -117,8 +117,8 @@ def _config(**changes):
     ("change", "error", "message"),
     [
         (lambda m, t: m.update(config="{not json"), CheckpointUnreadable, "metadata is damaged"),
-        (lambda m, t: m.pop("config"), CheckpointMismatch, "another program"),
-        (lambda m, t: m.update(format="pt"), CheckpointMismatch, "another program"),
+        (lambda m, t: m.pop("config"), CheckpointUnreadable, "damaged"),
+        (lambda m, t: m.update(format="pt"), CheckpointMismatch, "own names but no configuration"),
         (_config(format_version=2), CheckpointUnreadable, "version 2.*update"),
         (_config(role="pupil"), CheckpointUnreadable, "damaged.*pupil"),
         (_config(ecapa={"chanels": 3}), CheckpointUnreadable, "damaged.*did you mean 'channels'"),
@@ -156,8 +156,25 @@ def test_wrong_uses(tiny, tmp_path):
     path = save_native(checkpoint, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointMismatch, match="of the supervised, expected the teacher"):
         read_checkpoint(path, role="teacher")
-    with pytest.raises(CheckpointMismatch, match="expected a native checkpoint"):
+    with pytest.raises(CheckpointMismatch, match="got another program's file, expected a native checkpoint"):
         read_checkpoint(tiny("speechbrain")[0], format="native")
     save_native(checkpoint, tmp_path / "y.safetensors")
     with pytest.raises(CheckpointUnreadable, match=r"2 safetensors files \(x\.safetensors, y\.safetensors\)"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("format", ["speechbrain", "wespeaker", "sslsv", "taoruijie"])
+def test_safetensors_of_another_program(tiny, tmp_path, format):
+    """Some republish the originals as safetensors: the tensors have the original names, and nothing else is told."""
+    path, networks = tiny(format)
+    saved = torch.load(path, weights_only=False)
+    tensors = {k: v.contiguous() for k, v in saved.get("model", saved).items()}
+    target = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(tensors, target, metadata={"format": "pt"})
+    checkpoint = read_checkpoint(target)
+    assert checkpoint.format == detect_format(target) == format
+    expected = networks.get("teacher", networks.get("supervised"))
+    assert all(torch.equal(checkpoint.state[k], expected[k]) for k in expected)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, target)
+    with pytest.raises(CheckpointMismatch, match="first 'x', expected an ECAPA-TDNN"):
+        read_checkpoint(target)

@@ -433,6 +433,7 @@ def test_hyperparams_are_data_not_code(tiny, tmp_path):
         ("norm_type: sentence", "norm_type: global", "norm_type='global', expected 'sentence'"),
         ("ECAPA_TDNN.ECAPA_TDNN", "Xvector.Xvector", "Xvector, expected"),
         ("    n_mels: !ref <n_mels>", "    n_mels: 80\n    deltas: True", "deltas=True"),
+        ("    std_norm: False\n", "", "std_norm=True, expected False"),
     ],
 )
 def test_hyperparams_that_contradict(tiny, tmp_path, old, new, message):
@@ -472,6 +473,17 @@ def test_wespeaker_configuration(tiny, config, message):
     else:
         with pytest.raises(CheckpointMismatch, match=message):
             read_checkpoint(path.parent)
+
+
+def test_a_stranger_s_configuration_above_the_folder_is_not_read(tiny):
+    path, _ = tiny("wespeaker")
+    (path.parent.parent / "config.yaml").write_text("model: ResNet34\n")
+    assert read_checkpoint(path).ecapa.channels == 16
+    (path.parent / "models").mkdir()
+    inside = path.rename(path.parent / "models" / path.name)
+    (inside.parent.parent / "config.yaml").write_text("model: ResNet34\n")
+    with pytest.raises(CheckpointMismatch, match="ResNet34"):
+        read_checkpoint(inside)
 
 
 def test_wespeaker_without_mean_normalisation(tiny):
