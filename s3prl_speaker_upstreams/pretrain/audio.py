@@ -48,13 +48,17 @@ def read_piece(path: str | os.PathLike, start: int = 0, samples: int | None = No
 
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
+            if samples is not None and start + samples > file.frames:
+                raise BadWaveform(
+                    f"{path}: got {file.frames} samples, expected at least {start + samples}; the file was cut off"
+                )
             if start:
                 file.seek(start)
             wav = file.read(-1 if samples is None else samples, dtype="float32", always_2d=True)[:, 0]
             rate = int(file.samplerate)
     except (RuntimeError, OSError) as problem:  # soundfile's own errors are RuntimeErrors
         raise OSError(f"{path}: cannot be read: {problem}") from problem
-    if samples is not None and len(wav) < samples:
+    if samples is not None and len(wav) < samples:  # the header promised more than there is
         raise BadWaveform(f"{path}: got {len(wav)} samples from {start} on, expected {samples}; the file was cut off")
     # One sum instead of an array of flags: any inf or nan survives it.
     if not np.isfinite(wav.sum(dtype=np.float64)):

@@ -457,7 +457,8 @@ class NoiseBank:
         """``samples`` samples of recording ``index`` from a place that ``rng`` draws: (samples,) float32."""
         item = self.files[index]
         place = rng.random()
-        needed = int(np.ceil(samples * item.sample_rate / self.sample_rate)) + 1
+        same = item.sample_rate == self.sample_rate
+        needed = samples if same else int(np.ceil(samples * item.sample_rate / self.sample_rate)) + 1
         if self._decoded is None and item.samples > needed:
             start = int(place * (item.samples - needed + 1))
             wav, rate = read_piece(item.path, start, needed)

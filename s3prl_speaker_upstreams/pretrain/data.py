@@ -751,7 +751,7 @@ class Loader:
         self.workers, self.prefetch, self.pin_memory = int(workers), int(prefetch), bool(pin_memory)
         self.waited_seconds = 0.0
         self.faults: Counter = Counter()
-        self._reported: set[tuple[str, str]] = set()
+        self._reported: set[str] = set()
         self._fingerprint = dataset.manifest.fingerprint
         self._batches: Iterator[_Collated] | None = None
         self.seek(epoch, batch)
@@ -814,9 +814,9 @@ class Loader:
 
     def _note(self, faults: Sequence[Fault]) -> None:
         for fault in faults:
-            if (fault.kind, fault.path) in self._reported:
+            if fault.path in self._reported:
                 continue
-            self._reported.add((fault.kind, fault.path))
+            self._reported.add(fault.path)
             self.faults[fault.kind] += 1
             log.warning("utterance replaced by the next one (%s): %s", fault.kind, fault.why)
 

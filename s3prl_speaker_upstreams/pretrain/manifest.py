@@ -490,13 +490,11 @@ def _listed(place: str) -> tuple[str, list[str], list[str], list[str | None] | N
         if not parts or parts[0].startswith("#") or (number == 1 and suffix == ".csv" and not _audio_columns(parts)):
             continue
         columns = _audio_columns(parts)
-        if suffix != ".csv" and len(columns) != 1:  # a path with blanks in it
-            parts = [" ".join(parts)]
-            columns = _audio_columns(parts)
         if len(columns) != 1 or len(parts) > 2:
             raise ConfigError(
                 f"{place}, line {number}: got {' '.join(parts)!r}, expected one path of a "
-                f"{'/'.join(AUDIO_SUFFIXES)} file and at most one more column (the speaker)"
+                f"{'/'.join(AUDIO_SUFFIXES)} file and at most one more column (the speaker); for names "
+                "with blanks make it a .csv"
             )
         path = parts[columns[0]]
         other = parts[1 - columns[0]] if len(parts) == 2 else None
@@ -530,7 +528,7 @@ def _speakers(
         raise ConfigError(
             f"got {odd}, expected .../id00012/<video>/<name>.wav; for other folders pass layout='speaker'"
         )
-    deep = all("/" in name for name in names)
+    deep = bool(names) and all("/" in name for name in names)
     if layout == "speaker" and not deep:
         odd = next(name for name in names if "/" not in name)
         raise ConfigError(f"got {odd!r}, expected <speaker>/<name>.wav for every file; else pass layout='none'")

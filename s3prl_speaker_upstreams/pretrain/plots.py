@@ -274,7 +274,7 @@ def plot_det(curves: Mapping[str, tuple], *, ax=None):
     axes.set_xlabel("false alarm rate / %")
     axes.set_ylabel("miss rate / %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper right")
+    axes.legend(fontsize="small", loc="lower left")
     return figure, axes
 
 
