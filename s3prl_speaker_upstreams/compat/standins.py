@@ -313,7 +313,7 @@ STANDINS: tuple[Entry, ...] = (
     Entry(
         "HfApi.login",
         "huggingface_hub 0.13",
-        ("run_downstream.py:188",),
+        ("run_downstream.py:187",),
         "HfApi().login(",
         "gives the stored token, raises if there is none",
         ("s3prl.downstream.runner",),
@@ -323,7 +323,7 @@ STANDINS: tuple[Entry, ...] = (
     Entry(
         "HfApi.create_repo(name=)",
         "huggingface_hub 0.13",
-        ("downstream/runner.py:543",),
+        ("downstream/runner.py:546",),
         "create_repo(",
         "takes name and organization as before, for the runner only",
         ("s3prl.downstream.runner",),
@@ -371,7 +371,7 @@ STANDINS: tuple[Entry, ...] = (
     Entry(
         "catalyst.data.sampler.DistributedSamplerWrapper",
         "not required by s3prl",
-        ("downstream/speech_commands/expert.py:11",),
+        ("downstream/speech_commands/expert.py:12",),
         "DistributedSamplerWrapper",
         "the one class, if catalyst is not installed",
         ("s3prl.downstream.speech_commands.expert",),
@@ -394,10 +394,10 @@ STANDINS: tuple[Entry, ...] = (
         "s3prl.downstream.ctc.corpus",
         "never in s3prl's PyPI package",
         (
-            "downstream/ctc/data.py:52",
-            "downstream/ctc/data.py:54",
-            "downstream/ctc/data.py:56",
-            "downstream/ctc/data.py:58",
+            "downstream/ctc/data.py:51",
+            "downstream/ctc/data.py:53",
+            "downstream/ctc/data.py:55",
+            "downstream/ctc/data.py:57",
         ),
         "from .corpus.",
         "the four corpora, written anew",
@@ -428,7 +428,7 @@ STANDINS: tuple[Entry, ...] = (
     Entry(
         "SID experiment folder for caches",
         "never in s3prl",
-        ("downstream/voxceleb1/expert.py:47",),
+        ("downstream/voxceleb1/expert.py:43",),
         "expdir",
         "the dataset learns where the experiment is",
         ("s3prl.downstream.voxceleb1.expert",),
@@ -438,7 +438,7 @@ STANDINS: tuple[Entry, ...] = (
     Entry(
         "ASV experiment folder for caches",
         "never in s3prl",
-        ("downstream/sv_voxceleb1/expert.py:54",),
+        ("downstream/sv_voxceleb1/expert.py:55",),
         "expdir",
         "the dataset learns where the experiment is",
         ("s3prl.downstream.sv_voxceleb1.expert",),

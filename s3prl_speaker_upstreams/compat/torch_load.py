@@ -66,11 +66,13 @@ def is_experiment(file: Any) -> bool:
     if data is None:
         return False
     strings: set[str] = set()
+    stream = io.BytesIO(data)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in ("BINUNICODE", "SHORT_BINUNICODE", "UNICODE"):
-                strings.add(argument)
-    except ValueError:  # the old format holds several pickles; the keys are in the part that was read
+        for _ in range(4):  # the old format has three small pickles before the one with the content
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("BINUNICODE", "SHORT_BINUNICODE", "UNICODE"):
+                    strings.add(argument)
+    except ValueError:  # the end of what was read
         pass
     return any(keys <= strings for keys in _LAYOUTS)
 
@@ -90,8 +92,8 @@ class NamespaceLoader:
         try:
             return self.original(f, *args, **kwargs)
         except pickle.UnpicklingError as error:
-            if "argparse.Namespace" not in str(error):
-                raise
+            if "argparse.Namespace" not in str(error) or kwargs.get("weights_only") is not None:
+                raise  # whoever says what they want gets that
             if seekable:
                 f.seek(start)
             if not is_experiment(f):
