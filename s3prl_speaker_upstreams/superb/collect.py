@@ -109,7 +109,8 @@ def collect(exp: str | Path, out: str | Path, *, reference: bool = True) -> list
     Returns
     -------
     The files written; ``layer_weights.json`` maps a label "upstream TASK" to the chosen checkpoint (ER: of fold1),
-    whose "Featurizer" entry holds the weights that ``cka-addon layer-weights CHECKPOINT...`` reads
+    whose "Featurizer" entry holds the weights that ``cka-addon layer-weights CHECKPOINT...`` reads. Upstreams of one
+    layer, such as fbank, have no weights and are left out
 
     Raises
     ------
@@ -132,7 +133,7 @@ def collect(exp: str | Path, out: str | Path, *, reference: bool = True) -> list
         f"{upstream} {task}": result["checkpoints"][0]
         for upstream, tasks in found.items()
         for task, result in tasks.items()
-        if result["checkpoints"]
+        if result["checkpoints"] and result["layers"] != 1
     }
     files.append(write_text(out / "layer_weights.json", json.dumps(weights, indent=1) + "\n"))
     logger.info("collect: %d upstreams, wrote %s", len(found), ", ".join(map(str, files)))

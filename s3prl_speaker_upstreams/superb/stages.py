@@ -692,6 +692,7 @@ def _score(run: Run) -> None:
         "upstream": run.tag or run.upstream,
         "metrics": metrics,
         "stock": not (run.smoke or run.settings),
+        "layers": _recorded_layers(run),
         "choice": {key: value for key, value in choice.items() if key != "candidates"},
         "details": details,
         "predictions": str(home),
@@ -708,6 +709,11 @@ def _score(run: Run) -> None:
         task.name,
         ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()),
     )
+
+
+def _recorded_layers(run: Run) -> int | None:
+    marker = _marker(run, "check")
+    return json.loads(marker.read_text())["upstream"]["layers"] if marker.is_file() else None
 
 
 def _versions() -> dict[str, str]:

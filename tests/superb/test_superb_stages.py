@@ -361,10 +361,12 @@ def test_a_killed_stage_leaves_no_runner_behind(tmp_path):
 
 @pytest.fixture()
 def scored(make, monkeypatch):
-    FakeRunner(monkeypatch, test=lambda c: 0.25)
+    fake = FakeRunner(monkeypatch, test=lambda c: 0.25, layers=3)
     runs = [make("KS"), make("ER"), make("KS", tag="other_upstream")]
     for run in runs:
         stages.run_stages(run)
+    fake.layers = 1
+    stages.run_stages(make("IC", tag="one_layer"))
     return runs
 
 
@@ -372,10 +374,10 @@ def test_collect_writes_one_table_with_published_rows_and_sources(scored, tmp_pa
     collect.collect(scored[0].exp, tmp_path / "tables")
     markdown, latex, csv = ((tmp_path / "tables" / f"superb.{s}").read_text() for s in ("md", "tex", "csv"))
     rows = {line.split("|")[1].strip(): line for line in markdown.splitlines() if line.startswith("| ")}
-    assert re.search(r"\| 25.00 \| 25.00 \|", rows["fbank"]) and "96.30" in rows["HuBERT Base"]
+    assert re.search(r"\| 25.00 \|  \| 25.00 \|", rows["fbank"]) and "96.30" in rows["HuBERT Base"]
     assert "website-react@cacb90e" in markdown and "not stock hyperparameters" in markdown
     assert r"other\_upstream" in latex and latex.count(r"\\") == 1 + len(rows) - 1
-    assert csv.splitlines()[0] == "upstream,KS acc,ER acc,SUPERB score,source"
+    assert csv.splitlines()[0] == "upstream,KS acc,IC acc,ER acc,SUPERB score,source"
     without = collect.collect(scored[0].exp, tmp_path / "plain", reference=False)
     assert "HuBERT" not in without[0].read_text()
 
@@ -383,7 +385,7 @@ def test_collect_writes_one_table_with_published_rows_and_sources(scored, tmp_pa
 def test_collect_names_checkpoints_whose_layer_weights_can_be_read(scored, tmp_path):
     collect.collect(scored[0].exp, tmp_path)
     weights = json.loads((tmp_path / "layer_weights.json").read_text())
-    assert set(weights) == {"fbank KS", "fbank ER", "other_upstream KS"}
+    assert set(weights) == {"fbank KS", "fbank ER", "other_upstream KS"}  # one_layer has none
     content = stages._read_checkpoint(Path(weights["fbank KS"]))
     assert content["Featurizer"]["weights"].shape == (3,)
 
@@ -394,7 +396,7 @@ def test_pack_has_the_layout_of_the_leaderboard(scored, tmp_path):
     archive = collect.pack(scored[0].exp, "fbank", tmp_path / "out")
     names = set(zipfile.ZipFile(archive).namelist())
     assert names == {"predict/ks_public/predict.txt", *(f"predict/er_fold{n}_public/predict.txt" for n in range(1, 6))}
-    with pytest.raises(ScoringError, match="there are results of fbank, other_upstream"):
+    with pytest.raises(ScoringError, match="there are results of fbank, one_layer, other_upstream"):
         collect.pack(scored[0].exp, "nobody", tmp_path / "out")
     (scored[0].folder / "lr1e-04" / "test_predict.txt").unlink()
     with pytest.raises(ScoringError, match="is gone; run the evaluate stage"):
