@@ -21,6 +21,7 @@ __all__ = ["Features", "UpstreamExpert", "check_wavs"]
 
 logger = logging.getLogger(__name__)
 
+SAMPLE_RATE = 16000
 BLOCKS = ("block_1", "block_2", "block_3", "block_4")
 KEYS = ("hidden_states", "last_hidden_state", *BLOCKS, "mfa", "embedding", "fbank")
 
@@ -151,12 +152,17 @@ class UpstreamExpert(UpstreamBase):
     Front-ends without centring give up to two frames fewer than s3prl keeps (``round(len / rate)``); the last frame is
     then repeated, so that what s3prl keeps of an utterance is also the same alone and in any batch.
 
+    ``layer_names``, ``frame_shift`` (seconds between frames) and ``first_center`` (seconds from the first sample to the
+    centre of the first frame's window) say what the hidden states are and when, for tools that compare models.
+
     Raises ``CheckpointUnreadable``, ``CheckpointMismatch``, ``ConfigError``, and ``BadWaveform`` at call.
 
     >>> expert = UpstreamExpert("ecapa.safetensors").eval()  # doctest: +SKIP
     >>> len(expert([torch.randn(16000)])["hidden_states"])  # doctest: +SKIP
     4
     """
+
+    layer_names = BLOCKS
 
     def __init__(
         self,
@@ -176,6 +182,8 @@ class UpstreamExpert(UpstreamBase):
         self.provenance = checkpoint.provenance
         self._say_what_it_is(str(ckpt), family)
         self.encoder = build_encoder(checkpoint, dtype=dtype)
+        self.frame_shift = self.encoder.downsample_rate / SAMPLE_RATE
+        self.first_center = 0.0 if checkpoint.frontend.center else checkpoint.frontend.win_length / 2 / SAMPLE_RATE
 
     def _say_what_it_is(self, ckpt: str, family: str | None) -> None:
         logger.info("%s: format %s, role %s", ckpt, self.checkpoint_format, self.role)

@@ -130,6 +130,12 @@ def test_uncentred_front_ends_give_what_s3prl_keeps(hub, tmp_path):
     assert alone.shape[1] == 50 and torch.equal(alone[0, -1], alone[0, 47])
     assert (batch[1, :50] - alone[0]).abs().max() <= 1e-5 * alone.abs().max()
     assert not batch[1, 50:].any()
+    assert (upstream.frame_shift, upstream.first_center) == (0.01, 0.0125)
+
+
+def test_clock_and_layer_names(upstream):
+    assert (upstream.frame_shift, upstream.first_center) == (0.01, 0.0)
+    assert upstream.layer_names == ("block_1", "block_2", "block_3", "block_4")
 
 
 def test_untrained_weights_say_so(hub, untrained, caplog):
@@ -140,9 +146,15 @@ def test_untrained_weights_say_so(hub, untrained, caplog):
 
 def test_options_file_wins(hub, untrained, tmp_path):
     options = tmp_path / "options.yaml"
-    options.write_text("format: wespeaker\n")
-    with pytest.raises(ValueError, match="wespeaker"):
-        hub.ecapa_tdnn_local(ckpt=str(untrained), model_config=str(options), format="native")
+    options.write_text("role: student\n")
+    with pytest.raises(ValueError, match="of the untrained, expected the student"):
+        hub.ecapa_tdnn_local(ckpt=str(untrained), model_config=str(options), role="untrained")
+    options.write_text("dtype: bfloat16\n")
+    upstreams = [hub.ecapa_tdnn_local(ckpt=str(untrained), model_config=g).eval() for g in (None, str(options))]
+    with torch.no_grad():
+        exact, rounded = (upstream(noise(16000))["hidden_states"][3] for upstream in upstreams)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
     options.write_text("no_such_option: 1\n")
     with pytest.raises(ValueError, match="no_such_option"):
         hub.ecapa_tdnn_local(ckpt=str(untrained), model_config=str(options))
