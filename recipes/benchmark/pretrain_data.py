@@ -1,0 +1,130 @@
+"""Cost of the pre-training data: microseconds per augmented crop, share of a training step, waiting of the loader.
+
+    python recipes/benchmark/pretrain_data.py --speech ../shared/speech [--out FILE.json]
+
+The step it is compared with is forward and backward of the student and forward of the teacher (C=512, batch 4, 2 x 3 s
+and 4 x 2 s) on one thread, without head, loss and optimizer: a real step takes longer, so the shares are upper bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from s3prl_speaker_upstreams.ecapa import DIALECTS, SpeakerEncoder
+from s3prl_speaker_upstreams.pretrain.augment import AugmentConfig, Augmenter
+from s3prl_speaker_upstreams.pretrain.data import BatchSampler, Loader, MultiCropDataset, measure_loader
+from s3prl_speaker_upstreams.pretrain.manifest import build_manifest
+from s3prl_speaker_upstreams.pretrain.scoring import eer
+
+
+def median_us(work, repeats: int = 200) -> float:
+    work()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times) * 1e6)
+
+
+def augmentation(speech: Path) -> dict[str, float]:
+    """Median microseconds per crop of one thing at a time, and the mean of what training does (p 0.5 each)."""
+    sources = {"noise": str(speech / "noise"), "rirs": str(speech / "rirs")}
+    kinds = {
+        "reverberation": {"rir_p": 1.0, "noise_p": 0.0},
+        "noise, decoded in memory": {"rir_p": 0.0, "noise_p": 1.0},
+        "noise, slices read from flac": {"rir_p": 0.0, "noise_p": 1.0, "cache_mb": 0.0},
+        "band limit": {"rir_p": 0.0, "noise_p": 0.0, "band_limit_hz": 4000.0},
+        "reverberation without cached spectra": {"rir_p": 1.0, "noise_p": 0.0, "cache_mb": 0.0},
+    }
+    out = {}
+    for seconds in (2, 3):
+        wav = np.random.default_rng(0).normal(0, 0.1, 16000 * seconds).astype(np.float32)
+        rng = np.random.default_rng(0)
+        for name, settings in kinds.items():
+            augmenter = Augmenter(AugmentConfig(**sources, **settings))
+            out[f"{name}, {seconds} s"] = median_us(lambda a=augmenter, w=wav, r=rng: a(w, r))
+        both = Augmenter(AugmentConfig(**sources))
+        begin = time.perf_counter()
+        for _ in range(300):
+            both(wav, rng)
+        out[f"training mixture, {seconds} s"] = (time.perf_counter() - begin) / 300 * 1e6
+        out[f"random channel, {seconds} s"] = median_us(
+            lambda a=Augmenter(AugmentConfig.channel_randomised(**sources)), w=wav, r=rng: a(w, r)
+        )
+    return out
+
+
+def step_of(channels: int):
+    """Student forward and backward on all crops, teacher forward on the global ones."""
+    torch.manual_seed(0)
+    dialect = DIALECTS["native"]
+    student, teacher = (
+        SpeakerEncoder(dialect.ecapa_config(channels=channels, mfa_channels=3 * channels), dialect.frontend).train()
+        for _ in range(2)
+    )
+
+    def step(batch) -> None:
+        with torch.no_grad():
+            for crop in batch.global_crops:
+                teacher(list(crop), outputs=("embedding",))
+        for crops in (batch.global_crops, batch.local_crops):
+            out = student([wav for crop in crops for wav in crop], outputs=("embedding",))["embedding"]
+            out.square().mean().backward()
+        for parameter in student.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speech", type=Path, required=True, help="folder with commands/, noise/ and rirs/")
+    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1], help="numbers of loader processes to measure")
+    parser.add_argument("--batches", type=int, default=6, help="steps measured for each")
+    parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+
+    begin = time.perf_counter()
+    manifest = build_manifest(options.speech / "keywords", layout="none", cache=False, progress=False)
+    scan = (time.perf_counter() - begin) / manifest.report.found * 1e6
+    manifest = build_manifest(options.speech / "commands", cache=False, progress=False)
+
+    result: dict = {"us per header read": scan, "us per crop": augmentation(options.speech)}
+    augment = Augmenter(AugmentConfig(noise=str(options.speech / "noise"), rirs=str(options.speech / "rirs")))
+    step = step_of(512)
+    for workers in options.workers:
+        loader = Loader(MultiCropDataset(manifest, augment=augment), BatchSampler(len(manifest), 4), workers=workers)
+        result[f"loader, {workers} workers, C=512 step, batch 4"] = measure_loader(loader, options.batches, step=step)
+        loader.close()
+    alone = Loader(MultiCropDataset(manifest, augment=augment), BatchSampler(len(manifest), 4))
+    result["loader alone"] = measure_loader(alone, 40)
+    seconds = result[f"loader, {options.workers[0]} workers, C=512 step, batch 4"]["step_seconds"]
+    costs = result["us per crop"]
+    crops = (8 * costs["training mixture, 3 s"] + 16 * costs["training mixture, 2 s"]) / 1e6
+    result["augmentation per step"] = {"seconds": crops, "share of the step": crops / seconds}
+    rng = np.random.default_rng(0)
+    scores, labels = rng.normal(size=600_000), rng.random(600_000) < 0.5
+    result["seconds for the EER of 600,000 trials"] = median_us(lambda: eer(scores, labels), 5) / 1e6
+    result["machine"] = (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    )
+    text = json.dumps(result, indent=1)
+    if options.out:
+        beside = options.out.with_name(f".{options.out.name}.part")
+        beside.write_text(text + "\n")
+        os.replace(beside, options.out)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
