@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -367,3 +369,12 @@ def test_random_numbers_are_the_same_everywhere():
     # Written down once: a change would silently break the resumption of runs that are under way.
     assert random_for(0, 1, "id00012/a/1.wav", "crop 0").integers(0, 10**6, 3).tolist() == [313250, 166437, 176358]
     assert random_for(0, 1, "a", "b").integers(10**9) != random_for(0, 1, "a\0b").integers(10**9)
+
+
+def test_neither_torch_nor_s3prl_is_needed_to_import():
+    modules = ("manifest", "audio", "augment", "data", "scoring", "evaluate", "plots")
+    names = ", ".join(f"s3prl_speaker_upstreams.pretrain.{name}" for name in modules)
+    heavy = "('torch', 's3prl', 'sklearn', 'matplotlib')"
+    code = f"import sys, {names}; print([name for name in {heavy} if name in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
