@@ -19,9 +19,12 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import soundfile
+
 from s3prl_speaker_upstreams.errors import ConfigError, DownloadError, MissingPackage, SpeakerUpstreamError
 from s3prl_speaker_upstreams.superb import espeak
-from s3prl_speaker_upstreams.superb.audio import write_text
+from s3prl_speaker_upstreams.superb.audio import SAMPLE_RATE, write_text
 from s3prl_speaker_upstreams.superb.voxceleb import lay_out_voxceleb1
 
 __all__ = ["accuracy", "espeak_speakers", "main", "speakers_in"]
@@ -120,11 +123,27 @@ def _downloaded_corpus(cache: Path) -> Path:
     return unpacked
 
 
-def _some(speech: dict[str, list], speakers: int, recordings: int) -> dict[str, list]:
-    """At most so many speakers, and recordings of each, drawn with a fixed seed."""
+def _seconds(recording: Path | np.ndarray) -> float:
+    if isinstance(recording, np.ndarray):
+        return len(recording) / SAMPLE_RATE
+    try:
+        return soundfile.info(str(recording)).duration
+    except RuntimeError as error:  # soundfile.LibsndfileError
+        raise ConfigError(f"{recording}: cannot be read as audio ({error}); repair or remove it") from error
+
+
+def _some(speech: dict[str, list], speakers: int, seconds: float) -> dict[str, list]:
+    """At most so many speakers, and so much speech of each, drawn with a fixed seed."""
     draw = random.Random(0)
-    names = sorted(draw.sample(sorted(speech), min(speakers, len(speech))))
-    return {name: draw.sample(speech[name], min(recordings, len(speech[name]))) for name in names}
+    chosen = {}
+    for name in sorted(draw.sample(sorted(speech), min(speakers, len(speech)))):
+        total, chosen[name] = 0.0, []
+        for recording in draw.sample(speech[name], len(speech[name])):
+            if total >= seconds and len(chosen[name]) >= 3:
+                break
+            total += _seconds(recording)
+            chosen[name].append(recording)
+    return chosen
 
 
 def _find_speech(given: str | None, cache: Path) -> tuple[dict[str, list], str, bool]:
@@ -164,7 +183,7 @@ def _speech(args: argparse.Namespace) -> int:
     if out.exists():
         shutil.rmtree(out)  # ours, left by an interrupted run: the mark is written last
     speech, source, join = _find_speech(args.speech, Path(args.cache))
-    speech = _some(speech, args.speakers, args.recordings)
+    speech = _some(speech, args.speakers, args.seconds)
     corpus = lay_out_voxceleb1(speech, out, join_seconds=3.0 if join else None, split=(0.7, 0.1, 0.2))
     counts = " / ".join(str(corpus.counts[part]) for part in ("train", "dev", "test"))
     said = f"{source}; {len(corpus.speakers)} speakers, {counts} utterances to train, dev, test"
@@ -192,6 +211,7 @@ def _summary(args: argparse.Namespace) -> int:
         name, _, expdir = experiment.partition("=")
         print(f"  {name:<28} test accuracy {100 * accuracy(expdir):5.1f} %")
     print(f"  {'(chance)':<28} {'':>13} {100 / speakers:5.1f} %")
+    print("FBANK is mean-normalised and this probe averages over time, so little is left of it (SUPERB, too, finds chance).")
     return 0
 
 
@@ -204,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     speech.add_argument("--cache", required=True, help="where the public corpus is downloaded to")
     speech.add_argument("--speech", help="folder of real speech, one sub-folder per speaker (default: public corpus)")
     speech.add_argument("--speakers", type=int, default=30, help="use at most so many (default 30)")
-    speech.add_argument("--recordings", type=int, default=120, help="of each speaker at most so many (default 120)")
+    speech.add_argument("--seconds", type=float, default=240, help="of each speaker about so much (default 240)")
     speech.set_defaults(func=_speech)
     summary = commands.add_parser("summary", help="print the logged test accuracies")
     summary.add_argument("--speakers", required=True, help="vox1_meta.csv of the corpus")
