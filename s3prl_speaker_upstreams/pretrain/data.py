@@ -185,13 +185,18 @@ class _Source:
             self.decoded[index] = whole
         return whole
 
-    def first_usable(self, index: int, work: Callable[[int], object]) -> tuple[object, int, tuple[Fault, ...]]:
-        """``work(i)`` for the first utterance from ``index`` on for which it does not fail, and what failed before."""
+    def first_usable(self, index: int, work: Callable[[int, str], object]) -> tuple[object, int, tuple[Fault, ...]]:
+        """``work(i, tag)`` for the first utterance from ``index`` on for which it does not fail; what failed before.
+
+        The tag goes into the random numbers: an utterance that stands in for another must not give the crops that it
+        gives for itself, perhaps in the same batch.
+        """
         faults = []
         for step in range(min(_TRIES, len(self.manifest))):
             candidate = (index + step) % len(self.manifest)
             try:
-                return work(candidate), candidate, tuple(faults)
+                tag = f" instead of {self.manifest[index].id}" if step else ""
+                return work(candidate, tag), candidate, tuple(faults)
             except _Silent as problem:
                 kind, why = "silent", str(problem)
             except BadWaveform as problem:
@@ -318,11 +323,12 @@ class MultiCropDataset(_Dataset):
     def __getitem__(self, key: tuple[int, ...]) -> MultiCrop:
         epoch, index, repeat = _key(key)
 
-        def crops(candidate: int) -> list[np.ndarray]:
+        def crops(candidate: int, tag: str) -> list[np.ndarray]:
             name = self.manifest[candidate].id
             total = self.source.length(candidate)
             # A generator per crop: changing the number of local crops leaves the global ones as they are.
-            rngs = [random_for(self.seed, epoch, name, f"crop {number}{repeat}") for number in range(len(self.sizes))]
+            purposes = [f"crop {number}{repeat}{tag}" for number in range(len(self.sizes))]
+            rngs = [random_for(self.seed, epoch, name, purpose) for purpose in purposes]
             starts = [_start(rng, total, size) for rng, size in zip(rngs, self.sizes, strict=True)]
             wavs = self.source.pieces(candidate, starts, self.sizes)
             return [
@@ -411,8 +417,8 @@ class LabelledCropDataset(_Dataset):
     def __getitem__(self, key: tuple[int, ...]) -> LabelledCrop:
         epoch, index, repeat = _key(key)
 
-        def crop(candidate: int) -> tuple[np.ndarray, int]:
-            rng = random_for(self.seed, epoch, self.manifest[candidate].id, f"labelled{repeat}")
+        def crop(candidate: int, tag: str) -> tuple[np.ndarray, int]:
+            rng = random_for(self.seed, epoch, self.manifest[candidate].id, f"labelled{repeat}{tag}")
             kind = int(rng.integers(len(self.speeds)))
             speed = self.speeds[kind]
             start = _start(rng, self.source.length(candidate, speed), self.samples)
@@ -537,8 +543,8 @@ class CachedFeatureDataset(_Dataset):
     def __getitem__(self, key: tuple[int, ...]) -> MultiCrop:
         epoch, index, repeat = _key(key)
 
-        def crops(candidate: int) -> list[np.ndarray]:
-            rng = random_for(self.seed, epoch, self.manifest[candidate].id, f"frames{repeat}")
+        def crops(candidate: int, tag: str) -> list[np.ndarray]:
+            rng = random_for(self.seed, epoch, self.manifest[candidate].id, f"frames{repeat}{tag}")
             order = np.resize(rng.permutation(self.versions), len(self.frames))
             out = []
             for number, size in zip(order, self.frames, strict=True):

@@ -32,7 +32,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -291,7 +291,7 @@ class _Strings:
         return os.fsdecode(self.raw(index))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Fact:
     """What a scan learned about one file; -1 and NaN mean 'not looked at'."""
 
@@ -301,6 +301,9 @@ class _Fact:
     sample_rate: int = -1
     peak_db: float = float("nan")
     error: str = ""
+
+    def row(self) -> tuple:
+        return self.size, self.mtime_ns, self.samples, self.sample_rate, self.peak_db, self.error
 
 
 def build_manifest(
@@ -616,12 +619,12 @@ def _cached_facts(key: str, cache: str | os.PathLike | bool | None) -> dict[str,
 
 def _write_cache(key: str, cache: str | os.PathLike | bool | None, facts: dict[str, _Fact]) -> None:
     rows = io.StringIO()
-    rows.write(json.dumps({"version": _CACHE_VERSION, "columns": ["path", *asdict(_Fact(0, 0))]}) + "\n")
+    rows.write(json.dumps({"version": _CACHE_VERSION, "columns": ["path", *_Fact.__slots__]}) + "\n")
     writer = csv.writer(rows, lineterminator="\n")
     for path, fact in facts.items():
         # What failed is not remembered: a disk that was away, or a copy under way, must not stay 'unreadable'.
         if not fact.error:
-            writer.writerow([path, *asdict(fact).values()])
+            writer.writerow([path, *fact.row()])
     try:
         _write_whole(_cache_path(key, cache), rows.getvalue())
     except OSError as problem:  # a read-only or full home must not stop a training
