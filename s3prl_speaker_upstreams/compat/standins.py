@@ -52,7 +52,7 @@ def _set(source: str, *names: str) -> Callable[[ModuleType], None]:
     return supply
 
 
-def _call(source: str, function: str) -> Callable[[ModuleType], None]:
+def _call(source: str, function: str) -> Callable[[ModuleType], Any]:
     return lambda module: getattr(importlib.import_module(f"{__package__}.{source}"), function)(module)
 
 
@@ -182,6 +182,7 @@ def _lend(source: str, *names: str) -> Callable[[Any], Callable[[], None]]:
 
 # ------------------------------------------------------------------------------------------------- s3prl itself
 
+_STFT_TASKS = ("enhancement_stft", "separation_stft", "enhancement_stft2", "separation_stft2")
 _CORPORA = ("librispeech", "libriphone", "snips", "common_voice")
 
 
@@ -454,5 +455,30 @@ STANDINS: tuple[Entry, ...] = (
         ("s3prl.downstream.sv_voxceleb1.expert",),
         lambda module: hasattr(module, "DownstreamExpert"),
         _call("devices", "follow_the_features"),
+    ),
+    Entry(
+        "SE and SS on the device of --device",
+        "never in s3prl",
+        (
+            "downstream/enhancement_stft/expert.py:36",
+            "downstream/enhancement_stft/loss.py:16",
+            "downstream/separation_stft/expert.py:35",
+            "downstream/separation_stft/loss.py:16",
+        ),
+        'torch.device("cuda:0" if',
+        "targets and masks go where --device says, not to cuda:0 wherever there is one",
+        tuple(f"s3prl.downstream.{name}.expert" for name in _STFT_TASKS),
+        lambda module: hasattr(module, "device"),
+        _call("devices", "follow_the_argument"),
+    ),
+    Entry(
+        "evaluation with --device cpu beside a GPU",
+        "never in s3prl",
+        ("downstream/runner.py:448", "downstream/runner.py:493"),
+        "torch.cuda.device(",
+        "no CUDA context is entered for a device that is not CUDA",
+        ("s3prl.downstream.runner",),
+        _call("devices", "cuda_device_refuses_cpu"),
+        _call("devices", "evaluate_on_cpu"),
     ),
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import contextlib
 import pickle
+import sys
 import types
 
 import numpy as np
@@ -100,6 +102,51 @@ def test_cuda_means_cuda_again_afterwards():
     if not torch.cuda.is_available():
         with pytest.raises((RuntimeError, AssertionError)):
             torch.zeros(1).cuda()
+
+
+def test_evaluation_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch):
+    """s3prl/downstream/runner.py:446: ``if is_available(): with torch.cuda.device(args.device): empty_cache()``."""
+
+    class Runner:
+        def __init__(self, device):
+            self.args = types.SimpleNamespace(device=device)
+
+        def evaluate(self, split=None):
+            with torch.cuda.device(self.args.device):
+                return split
+
+    module = types.SimpleNamespace(Runner=type("Runner", (Runner,), {"evaluate": Runner.evaluate}))
+    with pytest.raises(ValueError, match="Expected a cuda device"):
+        module.Runner("cpu").evaluate("dev")
+    assert devices.cuda_device_refuses_cpu(module)
+    devices.evaluate_on_cpu(module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    real = torch.cuda.device
+    assert module.Runner("cpu").evaluate("dev") == "dev"
+    assert torch.cuda.device is real
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+    assert module.Runner("cuda:0").evaluate("test") == "test" and entered == ["cuda:0"]
+
+
+def test_masking_tasks_use_the_device_they_are_given(monkeypatch):
+    """s3prl/downstream/enhancement_stft/{expert,loss}.py: one ``device`` per module, cuda:0 wherever CUDA exists."""
+    loss = types.ModuleType("compat_probe_task.loss")
+    module = types.ModuleType("compat_probe_task.expert")
+    module.device = loss.device = torch.device("cuda:0")
+    monkeypatch.setitem(sys.modules, loss.__name__, loss)
+
+    class DownstreamExpert:
+        def __init__(self, upstream_dim, expdir, **kwargs):
+            self.target = torch.zeros(2).to(module.device)
+            self.window = torch.zeros(2).cuda()
+
+    module.DownstreamExpert = DownstreamExpert
+    devices.follow_the_argument(module)
+    for device in ("cpu", "meta"):
+        expert = module.DownstreamExpert(upstream_dim=3, expdir="exp", device=device, seed=1)
+        assert expert.target.device.type == expert.window.device.type == device
+        assert module.device == loss.device == torch.device(device)
 
 
 def test_survives_hack_isinstance(monkeypatch, tmp_path):

@@ -1,0 +1,36 @@
+"""Run a script of a s3prl checkout that never imports s3prl, with the stand-ins in place.
+
+    python -m s3prl_speaker_upstreams.compat preprocess/generate_len_for_bucket.py -i LibriSpeech -o data
+
+Its joblib workers become threads: child processes would import plain torchaudio. Without a script, lists the stand-ins.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+from s3prl_speaker_upstreams import compat
+
+
+def main(argv: list[str]) -> int:
+    """Run ``argv[0]`` with the rest as its arguments; without any, write the table."""
+    compat.install()
+    if not argv:
+        for line in compat.report(probe=True):
+            state = {True: "in place", False: "not needed", None: "not looked at"}[line.active]
+            sys.stdout.write(f"{state:14s} {line.name}: {line.supplies} (gone: {line.removed_in})\n")
+        return 0
+    if argv[0].startswith("-"):
+        sys.stdout.write(__doc__)
+        return 0 if argv[0] in ("-h", "--help") else 2
+    import joblib
+
+    sys.argv = argv
+    with joblib.parallel_config(backend="threading"):
+        runpy.run_path(argv[0], run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
