@@ -1,7 +1,7 @@
 """Two models on different clocks: when a frame is, which frames are the same moment, and which frames are examples.
 
-The centre of frame i is `first_center + i * shift` seconds. 12.5 ms + 20 ms i for a wav2vec 2.0-style CNN, 10 ms i for a
-centred STFT, 12.5 ms + 10 ms i for an uncentred 25 ms window.
+The centre of frame i is `first_center + i * shift` seconds: 12.5 ms + 20 ms i for a wav2vec 2.0-style CNN, 10 ms i for
+a centred STFT, 12.5 ms + 10 ms i for an uncentred 25 ms window.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Clock:
         """Index of the frame nearest to each instant (the earlier one of two as near); may lie outside a recording."""
         if not self.shift:
             return np.zeros(len(times), np.int64)
-        # The tolerance keeps ties, which are the rule (0 + 10 ms i against 12.5 + 20 ms i is none, 5 ms apart is), stable.
+        # The tolerance keeps ties stable against rounding.
         return np.ceil((times - self.first_center) / self.shift - 0.5 - 1e-6).astype(np.int64)
 
 
@@ -113,7 +113,7 @@ def take(x: Tensor, first: np.ndarray, last: np.ndarray) -> Tensor:
 
 
 def describe(clocks: Sequence[Clock], rule: str) -> dict[str, object]:
-    """The rule in words and numbers, for the provenance. The misfit is the most a frame's centre lies off its moment."""
+    """The rule in words and numbers, for the provenance; the misfit is how far off its moment a frame's centre can be."""
     chosen = reference_clock(clocks)
     reference = clocks[chosen]
     moments = reference.times(1000)

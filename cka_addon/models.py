@@ -148,7 +148,7 @@ class Model:
         kept = [probe[i] for i in self._select]
         self._names = [label for label, _ in kept]
         source = dict(provenance or {})
-        if isinstance(forward, torch.nn.Module):
+        if isinstance(forward, torch.nn.Module) and forward.state_dict():
             source.setdefault("weights_sha256", weights_sha256(forward))
         source.setdefault(
             "class", f"{type(forward).__module__}.{getattr(forward, '__qualname__', type(forward).__qualname__)}"
@@ -176,7 +176,7 @@ class Model:
         for key in self.keys:
             if key not in output:
                 raise SpecError(
-                    f"{self.name}: got no '{key}' from the model; expected one of {', '.join(map(str, output))}: set keys="
+                    f"{self.name}: the model gives no '{key}'; expected one of {', '.join(map(str, output))}: set keys="
                 )
             found += self._name_layers(key, output[key])
         lengths = [x.shape[0] for _, x in found if x.ndim == 2]
@@ -206,7 +206,7 @@ class Model:
         return [(f"{prefix}_{i}", v) for i, v in enumerate(values)]
 
     def _given_clock(self) -> Clock | None:
-        """Clock of a model that says itself when its frames are: attributes `frame_shift` and `first_center`, seconds."""
+        """Clock of a model that tells when its frames are: attributes `frame_shift` and `first_center`, in seconds."""
         shift, center = getattr(self._forward, "frame_shift", None), getattr(self._forward, "first_center", None)
         if isinstance(shift, (int, float)) and isinstance(center, (int, float)):
             return Clock(float(shift), float(center), "the model's frame_shift and first_center")
@@ -236,7 +236,7 @@ class Model:
         hop = int(rate(self.keys[0])) if callable(rate) else round(one / (longer - base))
         if abs((longer - base) * hop - one) > 2 * hop:
             raise SpecError(
-                f"{self.name}: got {longer - base} frames per second, but a frame every {hop} samples; expected the two "
+                f"{self.name}: got {longer - base} frames per second, but one every {hop} samples; expected the two "
                 "to agree: give shift= and first_center= in seconds"
             )
         low, high = one, one + hop + hop // 2

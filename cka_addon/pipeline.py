@@ -58,7 +58,7 @@ class Options:
     pairs : "all", "within" or "across" models
     align : "nearest" or "pool", for models on different clocks
     blocks : groups of utterances, the unit of intervals and of work sharing
-    permutations : times that the examples of one side are permuted in each minibatch (or over all data) for the baseline
+    permutations : times that the examples of one side are permuted in each minibatch (or over all data): the baseline
     """
 
     mode: str = "minibatch"
@@ -611,8 +611,8 @@ def gather(
     workers = count * world
     if len(blocks) < workers:
         raise SpecError(
-            f"got {workers} processes or shards for {len(blocks)} blocks ({len(ids)} utterances); expected at least one "
-            "block for each: raise --blocks or use fewer processes"
+            f"got {workers} processes or shards for {len(blocks)} blocks ({len(ids)} utterances); expected at least "
+            "one block for each: raise --blocks or use fewer processes"
         )
     dims = [d for i in source.infos for d in i.dims]
     pairs = Pairs(tuple(len(i.layers) for i in source.infos), options.pairs)
@@ -633,7 +633,7 @@ def gather(
         _check_memory(state, announce)
     mine = [b for b in range(len(blocks)) if b % workers == (index - 1) * world + rank]
     announce(
-        f"{len(ids)} utterances in {len(blocks)} blocks, {len(dims)} layers of {len(source.infos)} models; {options.mode}"
+        f"{len(ids)} utterances in {len(blocks)} blocks, {len(source.infos)} models, {len(dims)} layers; {options.mode}"
         + (f", minibatches of {options.batch_size}" if options.mode == "minibatch" else "")
         + f", {form} form"
     )
@@ -708,8 +708,8 @@ def _check_memory(state: State, announce: Callable[[str], None]) -> None:
         return
     if need > free:
         raise SpecError(
-            f"the accumulators need {format_bytes(need)}, {format_bytes(free)} are free; use --pairs across, fewer layers "
-            "(layers= in the model), --blocks 1 (no intervals), or --mode minibatch"
+            f"the accumulators need {format_bytes(need)}, {format_bytes(free)} are free; use --pairs across, fewer "
+            "layers (layers= in the model), --blocks 1 (no intervals), or --mode minibatch"
         )
 
 
@@ -769,7 +769,8 @@ def finish(state: State) -> CKAResult:
     options, names = state.options, state.names
     if missing := state.missing():
         raise MergeError(
-            f"{len(missing)} of {state.plan['blocks']} blocks are missing, first {missing[0]}; expected all shards: merge them"
+            f"{len(missing)} of {state.plan['blocks']} blocks are missing, first {missing[0]}; "
+            "expected all shards: merge them"
         )
     mask = state.pairs.mask()
     order = sorted(state.blocks)

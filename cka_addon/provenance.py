@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision(folder: Path | None = None) -> str | None:
-    """Commit of the checkout that holds this package ("-dirty" behind it where files were changed), None outside git."""
+    """Commit of the checkout that holds this package, with "-dirty" where files were changed; None outside git."""
     folder = folder or Path(__file__).resolve().parent
     try:
         head = subprocess.run(

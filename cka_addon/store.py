@@ -1,13 +1,13 @@
 """Feature store: a folder of hidden states that appears complete only when it is.
 
     STORE/store.json                              models, layers, widths, clocks, options, provenance (written first)
-    STORE/data/part-001-of-001-00000.safetensors  a shard: tensors "model/layer" of (frames, width) with the utterances one
-                                                  behind the other, and in its metadata the index of its utterances
+    STORE/data/part-001-of-001-00000.safetensors  a shard: tensors "model/layer" of (frames, width) with the utterances
+                                                  one behind the other; its metadata holds the index of them
     STORE/parts/part-001-of-001.json              one writer of n (`--shard 1/n`) is done: its files and their SHA-256
     STORE/complete.json                           every part is done (written last); readers want it
 
-A shard is written beside and renamed, and it names its own utterances, so a killed writer leaves whole shards and at most
-one temporary file; resuming goes on with the utterances that no shard holds.
+A shard is written beside and renamed, and it names its own utterances, so a killed writer leaves whole shards and at
+most one temporary file; resuming goes on with the utterances that no shard holds.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def _fill(writer, models, recordings, skip_unreadable, progress, *, keep, frames
             logger.warning("left out %s: %s", recording.id, error)
             if written == 0 and len(writer.skipped_now) >= GIVE_UP_AFTER:
                 raise StoreError(
-                    f"the first {GIVE_UP_AFTER} recordings all failed, last: {error}; expected at most single bad files: "
-                    "check the model and the recordings"
+                    f"the first {GIVE_UP_AFTER} recordings all failed, last: {error}; "
+                    "expected at most single bad files: check the model and the recordings"
                 ) from error
 
 

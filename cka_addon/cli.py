@@ -1,0 +1,571 @@
+"""The command `cka-addon`: dump, compute, merge, plot, report, layer-weights, info, verify."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+logger = logging.getLogger("cka_addon")
+
+_MODEL_HELP = """\
+models:
+  A model is one quoted argument: "[NAME=]KIND:TARGET [option=value ...]"
+    s3prl:NAME        an upstream of s3prl's hub; ckpt=FILE and model_config=FILE are handed on
+    hf:PATH_OR_NAME   a model of the transformers library (WavLM, HuBERT, Wav2Vec2, ...)
+    py:MODULE:NAME    a callable wavs -> {"hidden_states": [...]}; with options it is called with them first
+  Without KIND it is an s3prl upstream. Options of every kind:
+    keys=hidden_states,embedding    what to take of the model's output (default hidden_states)
+    layers=0-4,8,-1                 which layers to keep, by position or name (default all)
+    shift=0.02 first_center=0.0125  the model's clock in seconds, where it should not be measured
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cka-addon",
+        description="Layer-wise similarity (linear CKA) within and across speech models.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+first steps:
+  cka-addon compute -m fbank -m "base=s3prl:wavlm_local ckpt=WavLM-Base.pt" -a wavs/ -o result.json
+  cka-addon plot result.json -o figures/
+  cka-addon report result.json -o report.html
+""",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars, warnings only")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        p = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        # Also behind the command, where most people write it.
+        p.add_argument("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return p
+
+    def inputs(p: argparse.ArgumentParser, needed: bool) -> None:
+        p.add_argument(
+            "-m",
+            "--model",
+            action="append",
+            default=[],
+            metavar="MODEL",
+            required=needed,
+            help="a model, see below; repeat for more, all are run in one pass over the audio",
+        )
+        p.add_argument(
+            "-a",
+            "--audio",
+            required=needed,
+            metavar="PATH",
+            help="folder of recordings, or a text file with one path (or id<TAB>path) per line",
+        )
+        p.add_argument("--limit", type=int, metavar="N", help="use only the first N recordings (sorted by id)")
+        p.add_argument(
+            "--skip-unreadable",
+            action="store_true",
+            help="leave out recordings that cannot be read or give NaN, and count them",
+        )
+        p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+        p.add_argument("--shard", metavar="I/N", help="do the I-th of N parts (array jobs); join them with merge")
+        p.add_argument("--seed", type=int, default=0, help="seed of every random choice (default 0)")
+
+    p = add(
+        "dump",
+        "Write the layers of models for a list of recordings to a feature store; resumes if stopped.",
+        _MODEL_HELP + "\nexample:\n  cka-addon dump -m fbank -m wavlm_base_plus -a wavs/ -o store/ --dtype float16\n",
+    )
+    inputs(p, True)
+    p.add_argument("-o", "--out", required=True, metavar="STORE", help="folder of the store")
+    p.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="float16 halves the size and keeps 3 digits; values beyond 65504 are refused (default float32)",
+    )
+    p.add_argument(
+        "--keep",
+        choices=("frames", "sampled", "means"),
+        default="frames",
+        help="all frames, --frames random ones per utterance, or the mean of each utterance (default frames)",
+    )
+    p.add_argument("--frames", type=int, default=50, metavar="N", help="frames per utterance with --keep sampled")
+    p.add_argument(
+        "--shard-mib",
+        type=int,
+        default=256,
+        metavar="MIB",
+        help="size of one file; at most this much work is lost by a kill (default 256)",
+    )
+    p.add_argument("--dry-run", action="store_true", help="only show how large the store would become")
+
+    p = add(
+        "compute",
+        "Compute CKA of all layers, from models and recordings or from feature stores.",
+        _MODEL_HELP
+        + """
+examples:
+  cka-addon compute -m fbank -m wavlm_base -a wavs/ -o result.json
+  cka-addon compute --store store/ --mode full --permutations 1 -o result.json
+  torchrun --nproc_per_node 4 -m cka_addon compute --store store/ --mode full -o result.json
+  cka-addon compute --store store/ --shard 1/8 -o part1.safetensors     (then: cka-addon merge part*.safetensors)
+""",
+    )
+    inputs(p, False)
+    p.add_argument(
+        "--store",
+        action="append",
+        default=[],
+        metavar="STORE",
+        help="a feature store instead of -m and -a; repeat to compare models of several stores",
+    )
+    p.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="result (.json; FILE.csv with provenance is written beside it), or with --shard the part",
+    )
+    p.add_argument("--parquet", action="store_true", help="also write FILE.parquet")
+    p.add_argument(
+        "--mode",
+        choices=("minibatch", "full"),
+        default="minibatch",
+        help="minibatch: HSIC averaged over minibatches, then divided (the study's estimator); "
+        "full: the exact value over all examples, in one pass (default minibatch)",
+    )
+    p.add_argument(
+        "--examples",
+        choices=("frames", "sampled", "means"),
+        default="frames",
+        help="what an example is: every frame, --frames random ones per utterance, or utterance means",
+    )
+    p.add_argument("--frames", type=int, default=50, metavar="N", help="frames per utterance with --examples sampled")
+    p.add_argument(
+        "--batch-size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="examples per minibatch (default 512); the unbiased estimate hardly depends on it, small ones are noisier",
+    )
+    p.add_argument(
+        "--mix",
+        type=int,
+        default=16,
+        metavar="N",
+        help="utterances shuffled together before they are cut into minibatches (default 16); 1 keeps the order "
+        "of time, and a minibatch then compares little more than the frames of one utterance",
+    )
+    p.add_argument("--biased", action="store_true", help="the biased estimator HSIC_0 instead of HSIC_1")
+    p.add_argument(
+        "--form",
+        choices=("auto", "gram", "stream"),
+        default="auto",
+        help="arithmetic: Gram matrices (few examples), streaming (many), or the cheaper one (default auto)",
+    )
+    p.add_argument(
+        "--pairs",
+        choices=("all", "within", "across"),
+        default="all",
+        help="which layers to compare: all, only of one model, only of different ones (default all)",
+    )
+    p.add_argument(
+        "--align",
+        choices=("nearest", "pool"),
+        default="nearest",
+        help="models of different frame rate: take the nearest frame, or the mean around it (default nearest)",
+    )
+    p.add_argument(
+        "--blocks",
+        type=int,
+        default=20,
+        metavar="N",
+        help="groups of utterances: the unit of intervals and of work sharing (default 20)",
+    )
+    p.add_argument(
+        "--interval",
+        choices=("bootstrap", "jackknife", "none"),
+        default="bootstrap",
+        help="how intervals are made from the blocks (default bootstrap)",
+    )
+    p.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
+    p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default 1000)")
+    p.add_argument(
+        "--permutations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also compute the value for examples permuted N times: what no relation looks like (default 0)",
+    )
+    p.add_argument(
+        "--precision",
+        choices=("float32", "float64"),
+        default="float32",
+        help="of the products; sums are always float64 (default float32)",
+    )
+
+    p = add(
+        "merge",
+        "Join the shards of one compute (to a result) or of one dump (to a store).",
+        "examples:\n  cka-addon merge part*.safetensors -o result.json\n  cka-addon merge store1/ store2/ -o store/\n",
+    )
+    p.add_argument(
+        "parts", nargs="+", metavar="PART", help="all shards: files of compute --shard, or stores of dump --shard"
+    )
+    p.add_argument("-o", "--out", required=True, metavar="PATH", help="result (.json) or store")
+    p.add_argument("--parquet", action="store_true", help="also write a .parquet table")
+
+    p = add(
+        "plot",
+        "Draw a result: heat map of every model and pair, the grid of all, lines. PNG and PDF, with CSV.",
+        "example:\n  cka-addon plot result.json -o figures/ --to dino/block_4\n",
+    )
+    p.add_argument("result", metavar="RESULT", help="file of compute or merge")
+    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="where the pictures go")
+    p.add_argument("--models", metavar="A,B", help="only these models, in this order")
+    p.add_argument(
+        "--to",
+        action="append",
+        default=[],
+        metavar="MODEL/LAYER",
+        help="lines: similarity of all layers to this one; repeat for more",
+    )
+    p.add_argument("--formats", default="png,pdf", help="endings, with commas (default png,pdf)")
+
+    p = add(
+        "layer-weights",
+        "Which layers SUPERB tasks lean on, from s3prl run_downstream checkpoints.",
+        """\
+The weights alone mislead when layers differ in norm: give recordings (-m and -a) or a store, and the shares are also
+shown corrected, w * norm / sum(w * norm).
+
+example:
+  cka-addon layer-weights PR=result/pr/states-1000.ckpt SID=result/sid -m wavlm_base -a wavs/ -o weights/
+""",
+    )
+    p.add_argument("checkpoints", nargs="+", metavar="[TASK=]PATH", help="checkpoints or experiment folders")
+    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="where table and pictures go")
+    p.add_argument(
+        "-m", "--model", metavar="MODEL", help="the upstream, to measure its layers' norms (see compute --help)"
+    )
+    p.add_argument("-a", "--audio", metavar="PATH", help="recordings to measure them on")
+    p.add_argument("--store", metavar="STORE", help="or a feature store of the upstream")
+    p.add_argument("--store-model", metavar="NAME", help="its name in the store, where there are several")
+    p.add_argument("--limit", type=int, default=100, metavar="N", help="utterances to measure on (default 100)")
+    p.add_argument("--formats", default="png,pdf", help="endings, with commas (default png,pdf)")
+
+    p = add(
+        "report",
+        "Write one HTML file with everything: heat maps with hover values, lines, provenance.",
+        "example:\n  cka-addon report result.json -o report.html --weights PR=result/pr SID=result/sid\n",
+    )
+    p.add_argument("result", metavar="RESULT", help="file of compute or merge")
+    p.add_argument("-o", "--out", required=True, metavar="FILE", help="the HTML file")
+    p.add_argument("--title", default="Layer-wise similarity (linear CKA)")
+    p.add_argument("--weights", nargs="*", default=[], metavar="[TASK=]PATH", help="also show these layer weights")
+
+    p = add("info", "Say what a feature store, a result or a shard holds.")
+    p.add_argument("path", metavar="PATH")
+    p.add_argument("--json", action="store_true", help="as JSON")
+
+    p = add("verify", "Read every byte of a feature store and compare it with its manifest; exit 1 on a problem.")
+    p.add_argument("path", metavar="STORE")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 1 a named problem, 2 wrong usage."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "urllib3", "fontTools", "matplotlib", "torch", "numexpr"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from cka_addon.errors import CkaError
+
+    run = {
+        "dump": _dump,
+        "compute": _compute,
+        "merge": _merge,
+        "plot": _plot,
+        "layer-weights": _layer_weights,
+        "report": _report,
+        "info": _info,
+        "verify": _verify,
+    }[args.command]
+    try:
+        return run(args) or 0
+    except CkaError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return 1
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    if args.device:
+        return args.device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+
+
+def _processes(device: str) -> tuple[int, int]:
+    """Join the processes that torchrun started; (0, 1) without it."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1
+    import torch
+    import torch.distributed as dist
+
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _say(rank: int):
+    return logger.info if rank == 0 else logger.debug
+
+
+def _dump(args: argparse.Namespace) -> int:
+    from cka_addon import audio, store
+    from cka_addon.models import load_models
+
+    device = _device(args)
+    # Under torchrun every process writes its own part; no process group is needed for that.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.dry_run:
+        models = load_models(args.model, device=device)
+        found = audio.find_recordings(args.audio, limit=args.limit)
+        size = store.estimate([m.info for m in models], found, keep=args.keep, frames=args.frames, dtype=args.dtype)
+        logger.warning("%s: %s", args.out, size)
+        return 0
+    shard = args.shard or (f"{rank + 1}/{world}" if world > 1 else None)
+    path = store.dump(
+        args.model,
+        args.audio,
+        args.out,
+        dtype=args.dtype,
+        keep=args.keep,
+        frames=args.frames,
+        seed=args.seed,
+        shard=shard,
+        limit=args.limit,
+        skip_unreadable=args.skip_unreadable,
+        shard_mib=args.shard_mib,
+        device=device,
+        progress=not args.quiet and rank == 0,
+        announce=_say(rank),
+    )
+    if (path / "complete.json").is_file():
+        summary = store.FeatureStore(path).info()
+        logger.info(
+            "%s: complete, %d utterances, %s, %d left out",
+            path,
+            summary["utterances"],
+            store.format_bytes(summary["bytes"]),
+            len(summary["skipped"]),
+        )
+    else:
+        logger.info("%s: part %s is done, others are still missing", path, shard)
+    return 0
+
+
+def _write_result(result, out: str, parquet: bool) -> None:
+    path = Path(out)
+    path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
+    result.save(path)
+    written = [path, result.to_csv(path.with_suffix(".csv"))]
+    if parquet:
+        written.append(result.to_parquet(path.with_suffix(".parquet")))
+    logger.info("%s\nwrote %s", result, ", ".join(map(str, written)))
+
+
+def _compute(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from cka_addon.pipeline import Options, finish, gather
+
+    device = _device(args)
+    rank, _ = _processes(device)
+    options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
+    state = gather(
+        args.model or None,
+        args.audio,
+        stores=args.store or None,
+        options=options,
+        shard=args.shard,
+        limit=args.limit,
+        skip_unreadable=args.skip_unreadable,
+        device=device,
+        progress=not args.quiet,
+        announce=_say(rank),
+    )
+    if rank == 0:
+        if args.shard and state.missing():
+            path = Path(args.out)
+            path = path if path.suffix == ".safetensors" else path.with_name(path.name + ".safetensors")
+            logger.info("wrote %s; join all shards with: cka-addon merge ... -o result.json", state.save(path))
+        else:
+            _write_result(finish(state), args.out, args.parquet)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from cka_addon.errors import MergeError
+
+    folders = [Path(p).is_dir() for p in args.parts]
+    if all(folders):
+        from cka_addon.store import merge_stores
+
+        logger.info("wrote %s", merge_stores(args.parts, args.out))
+        return 0
+    if any(folders):
+        raise MergeError("got stores and files; expected all parts of one kind")
+    from cka_addon.pipeline import merge
+
+    _write_result(merge(args.parts), args.out, args.parquet)
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from cka_addon import plots
+    from cka_addon.result import CKAResult
+
+    result = CKAResult.load(args.result)
+    models = args.models.split(",") if args.models else result.names
+    for model in models:
+        result.rows(model)
+    out, formats = Path(args.out), args.formats.split(",")
+    written: list[Path] = []
+
+    def keep(figure, name: str) -> None:
+        written.extend(plots.save(figure, out / name, formats))
+
+    for k, a in enumerate(models):
+        for b in models[k:]:
+            if result.mask[result.rows(b), result.rows(a)].all():
+                keep(plots.plot_heatmap(result, a, b)[0], f"heatmap_{a}" if a == b else f"heatmap_{a}_{b}")
+    if len(models) > 1:
+        keep(plots.plot_grid(result, models)[0], "grid")
+    if any(len(result.layers(m)) > 1 and result.mask[result.rows(m), result.rows(m)].all() for m in models):
+        keep(plots.plot_adjacent(result, models)[0], "adjacent")
+    for target in args.to:
+        keep(plots.plot_lines(result, target, models)[0], "lines_" + target.replace("/", "_"))
+    written.append(result.to_csv(out / "cka.csv"))
+    logger.info("wrote %s", "\n      ".join(map(str, written)))
+    return 0
+
+
+def _layer_weights(args: argparse.Namespace) -> int:
+    from cka_addon import layer_weights, plots, provenance
+    from cka_addon.errors import SpecError
+    from cka_addon.store import FeatureStore
+
+    items = layer_weights.read_many(args.checkpoints)
+    if args.store and args.model:
+        raise SpecError("got --store and --model; expected one of them to measure the norms on")
+    if args.store or args.model:
+        source = FeatureStore(args.store) if args.store else args.model
+        layers, norms, how = layer_weights.measure_norms(
+            source, args.audio, model=args.store_model, limit=args.limit, progress=not args.quiet
+        )
+        items = [layer_weights.correct(w, layers, norms, how) for w in items]
+    else:
+        logger.warning("weights only: layers differ in norm, give --store or --model and --audio for corrected shares")
+    out, formats = Path(args.out), args.formats.split(",")
+    table = layer_weights.table(items)
+    written = [provenance.write_atomically(out / "layer_weights.csv", lambda t: table.to_csv(t, index=False))]
+    about = {**provenance.collect(), "checkpoints": [w.details for w in items]}
+    written.append(provenance.write_json(out / "layer_weights.provenance.json", about))
+    written += plots.save(plots.plot_layer_weights(items)[0], out / "layer_weights", formats)
+    for count in sorted({len(w.weights) for w in items}):
+        same = [w for w in items if len(w.weights) == count]
+        suffix = f"_{count}_layers" if len({len(w.weights) for w in items}) > 1 else ""
+        written += plots.save(plots.plot_layer_weight_map(same)[0], out / f"layer_weight_map{suffix}", formats)
+        if all(w.corrected is not None for w in same):
+            figure, _ = plots.plot_layer_weight_map(same, corrected=True)
+            written += plots.save(figure, out / f"layer_weight_map_corrected{suffix}", formats)
+    for w in items:
+        best = int((w.weights if w.corrected is None else w.corrected).argmax())
+        logger.info("%-20s leans most on layer %d%s", w.task, best, "" if w.corrected is None else " (corrected)")
+    logger.info("wrote %s", "\n      ".join(map(str, written)))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from cka_addon.layer_weights import read_many
+    from cka_addon.report import write_report
+    from cka_addon.result import CKAResult
+
+    weights = read_many(args.weights) if args.weights else ()
+    logger.info("wrote %s", write_report(CKAResult.load(args.result), args.out, weights=weights, title=args.title))
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    path = Path(args.path)
+    if path.is_dir():
+        from cka_addon.store import FeatureStore
+
+        data = FeatureStore(path, allow_incomplete=True).info()
+    elif path.suffix == ".safetensors":
+        from cka_addon.pipeline import State
+
+        state = State.load(path)
+        data = {
+            "path": str(path),
+            "shard": True,
+            "form": state.form,
+            "blocks": sorted(state.blocks),
+            "missing_blocks": state.missing(),
+            "examples": sum(b.examples for b in state.blocks.values()),
+            "models": [i.to_dict() for i in state.infos],
+            "options": state.plan["options"],
+        }
+    else:
+        from cka_addon.result import CKAResult
+
+        result = CKAResult.load(path)
+        data = {"path": str(path), "result": repr(result), **result.details}
+    if args.json:
+        sys.stdout.write(json.dumps(data, indent=1, default=str) + "\n")
+    else:
+        sys.stdout.write(_text(data) + "\n")
+    return 0
+
+
+def _text(data: object, indent: str = "") -> str:
+    """Nested data for reading: key: value lines, lists of plain values on one line."""
+    lines = []
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        nested = isinstance(value, dict) and value
+        listed = isinstance(value, list) and any(isinstance(v, dict) for v in value)
+        if nested or listed:
+            lines.append(f"{indent}{key}:\n{_text(value, indent + '  ')}")
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            shown = f"{value:.4g}" if isinstance(value, float) else shown
+            lines.append(f"{indent}{key}: {shown if shown not in ({}, '') else '-'}")
+    return "\n".join(lines)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from cka_addon.store import FeatureStore
+
+    store = FeatureStore(args.path, allow_incomplete=True)
+    problems = store.verify(progress=not args.quiet)
+    for problem in problems:
+        logger.error("%s: %s", args.path, problem)
+    if not problems:
+        logger.info("%s: %d utterances in %d files, no problem found", args.path, len(store), len(store.files))
+    return 1 if problems else 0

@@ -1,0 +1,222 @@
+"""Which layers a SUPERB task leans on: the softmax weights in s3prl `run_downstream` checkpoints.
+
+The weighted sum adds w_l * h_l, so a layer with large features counts for more than its weight says. The corrected
+share is w_l * |h_l| / sum_k w_k * |h_k| with |h_l| the mean norm of a frame of that layer, measured on recordings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cka_addon import audio, provenance
+from cka_addon.errors import CheckpointError, SpecError
+from cka_addon.models import Model, load_model
+from cka_addon.store import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LayerWeights:
+    """Weights of one downstream checkpoint.
+
+    task : name of the task;  weights : (layers,) softmax weights, they add up to 1
+    corrected : (layers,) shares corrected for the layers' norms, or None where no norms were given
+    """
+
+    task: str
+    upstream: str
+    weights: np.ndarray
+    corrected: np.ndarray | None = None
+    norms: np.ndarray | None = None
+    layers: tuple[str, ...] = ()
+    details: dict = field(default_factory=dict)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """An s3prl downstream checkpoint, read without running code from it.
+
+    Such a file holds an argparse.Namespace beside tensors and plain data; that class is allowed, nothing else.
+    Raises CheckpointError where the file holds more, or is no downstream checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: does not exist; expected a states-N.ckpt or dev-best.ckpt of s3prl's run_downstream"
+        )
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            states = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if str(error) else "unknown content"
+        raise CheckpointError(
+            f"{path}: holds objects that are not read for safety ({reason}); expected tensors, plain data and an "
+            "argparse.Namespace, which is all that run_downstream writes: is it another kind of checkpoint?"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not a torch checkpoint or is cut short ({error})") from error
+    if not isinstance(states, Mapping) or "Featurizer" not in states:
+        got = ", ".join(sorted(map(str, states))[:6]) if isinstance(states, Mapping) else type(states).__name__
+        raise CheckpointError(f"{path}: got {got}; expected an s3prl downstream checkpoint with 'Featurizer'")
+    return dict(states)
+
+
+def read_layer_weights(path: str | Path, *, task: str | None = None) -> LayerWeights:
+    """Softmax weights of one checkpoint; `task` names it, else the downstream's name and folder do.
+
+    Raises CheckpointError where the task used one layer only and so has no weights.
+    """
+    states = read_checkpoint(path)
+    found = {k.removeprefix("module."): v for k, v in states["Featurizer"].items()}
+    args = states.get("Args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else dict(args or {})
+    if "weights" not in found:
+        raise CheckpointError(
+            f"{path}: its featurizer has no layer weights: the task took one layer "
+            f"(-s {args.get('upstream_feature_selection')}, -l {args.get('upstream_layer_selection')}); "
+            "expected a run on hidden_states with more than one layer"
+        )
+    raw = found["weights"].double()
+    if not bool(torch.isfinite(raw).all()):
+        raise CheckpointError(f"{path}: the layer weights hold NaN or infinity; the training has diverged")
+    variant = args.get("downstream_variant")
+    name = task or "_".join(str(v) for v in (args.get("downstream"), variant) if v) or Path(path).parent.name
+    return LayerWeights(
+        task=name,
+        upstream=str(args.get("upstream", "unknown")),
+        weights=torch.softmax(raw, 0).numpy(),
+        details={
+            "checkpoint": str(path),
+            "checkpoint_sha256": provenance.file_sha256(path),
+            "step": states.get("Step"),
+            "upstream_ckpt": args.get("upstream_ckpt"),
+            "feature": args.get("upstream_feature_selection", "hidden_states"),
+            "normalize": bool(args.get("upstream_feature_normalize", False)),
+        },
+    )
+
+
+def read_many(paths: Sequence[str | Path]) -> list[LayerWeights]:
+    """Checkpoints, or folders of one run (the newest states-N.ckpt is taken); "TASK=PATH" names a task.
+
+    Two runs of one task are told apart by their folders' names.
+    """
+    found = []
+    for item in paths:
+        text = str(item)
+        match = re.match(r"^([A-Za-z0-9_.+ -]+)=(.+)$", text)
+        task, path = (match.group(1), Path(match.group(2))) if match and not Path(text).exists() else (None, Path(text))
+        if path.is_dir():
+            states = sorted(path.glob("states-*.ckpt"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
+            best = [*sorted(path.glob("dev-best.ckpt")), *sorted(path.glob("*best*.ckpt"))]
+            if not states and not best:
+                raise CheckpointError(
+                    f"{path}: no states-N.ckpt in it; expected an experiment folder of run_downstream"
+                )
+            path = (best or states[-1:])[0]
+        found.append(read_layer_weights(path, task=task))
+    names = [w.task for w in found]
+    for w in found:
+        if names.count(w.task) > 1:
+            w.task = f"{w.task} ({Path(w.details['checkpoint']).parent.name})"
+    return found
+
+
+def measure_norms(
+    source: FeatureStore | Model | str,
+    recordings: str | Path | None = None,
+    *,
+    model: str | None = None,
+    limit: int | None = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[tuple[str, ...], np.ndarray, dict]:
+    """Mean norm of a frame of every layer: (layer names, (layers,) float64, how it was measured).
+
+    source : a feature store, or a model (then `recordings` too);  model : which one, where the store holds several
+    limit : number of utterances, drawn at random
+    """
+    from tqdm import tqdm
+
+    rng = np.random.default_rng(seed)
+    if isinstance(source, FeatureStore):
+        names = [i.name for i in source.infos]
+        if model is None and len(names) > 1:
+            raise SpecError(f"{source.path}: holds {', '.join(names)}; name one of them for the norms")
+        if model is not None and model not in names:
+            raise SpecError(f"{source.path}: holds no model '{model}'; expected one of {', '.join(names)}")
+        position = names.index(model) if model else 0
+        info = source.infos[position]
+        ids = [source.ids[i] for i in sorted(rng.permutation(len(source.ids))[:limit])]
+        stream = (source.read(name).layers[position] for name in ids)
+        about = {"store": str(source.path)}
+    else:
+        if recordings is None:
+            raise SpecError("got a model but no recordings; expected recordings to measure the layers' norms on")
+        loaded = load_model(source)
+        info = loaded.info
+        found = [r for r in audio.find_recordings(recordings) if not r.problem]
+        ids = [found[i] for i in sorted(rng.permutation(len(found))[:limit])]
+        stream = (loaded(audio.load(r)[0], r.id) for r in ids)
+        about = {
+            "model": info.name,
+            "recordings": str(recordings),
+            "weights_sha256": info.provenance.get("weights_sha256"),
+        }
+    total, count = np.zeros(len(info.layers)), 0
+    for layers in tqdm(stream, total=len(ids), desc="norms", unit="utt", disable=not progress):
+        total += [float(x.norm(dim=1).sum(dtype=torch.float64)) for x in layers]
+        count += len(layers[0])
+    if not count:
+        raise SpecError("no frame was found to measure the norms on; expected at least one readable recording")
+    return info.layers, total / count, {**about, "utterances": len(ids), "frames": count}
+
+
+def correct(
+    weights: LayerWeights, layers: Sequence[str], norms: np.ndarray, how: Mapping | None = None
+) -> LayerWeights:
+    """Add the shares corrected for the layers' norms, w_l |h_l| / sum_k w_k |h_k|.
+
+    A run with --upstream_feature_normalize has equal norms by construction: its shares are its weights.
+    Raises CheckpointError where the numbers of layers differ.
+
+    >>> w = correct(LayerWeights("pr", "x", np.array([0.5, 0.5])), ["a", "b"], np.array([1.0, 3.0]))
+    >>> w.corrected.tolist()
+    [0.25, 0.75]
+    """
+    if len(norms) != len(weights.weights):
+        raise CheckpointError(
+            f"{weights.task}: has {len(weights.weights)} layer weights, the norms are of {len(norms)} layers; "
+            "expected norms of all layers of the same upstream"
+        )
+    weights.norms, weights.layers = np.asarray(norms, np.float64), tuple(layers)
+    scaled = weights.weights * (1.0 if weights.details.get("normalize") else weights.norms)
+    weights.corrected = scaled / scaled.sum()
+    weights.details["norms"] = dict(how or {})
+    return weights
+
+
+def table(items: Sequence[LayerWeights]):
+    """pandas table, one row per task and layer."""
+    import pandas
+
+    rows = []
+    for w in items:
+        for i, value in enumerate(w.weights):
+            row = {"task": w.task, "upstream": w.upstream, "layer": i}
+            row["layer_name"] = w.layers[i] if w.layers else f"layer_{i}"
+            row["weight"] = value
+            if w.corrected is not None:
+                row |= {"norm": w.norms[i], "corrected": w.corrected[i]}
+            row["checkpoint"] = w.details.get("checkpoint")
+            rows.append(row)
+    return pandas.DataFrame(rows)
