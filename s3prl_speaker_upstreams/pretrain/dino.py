@@ -3,7 +3,8 @@
 A student sees all crops of an utterance, an exponential-moving-average teacher only the long ones; the student's
 distribution over prototypes must match the teacher's distribution of *another* crop of the same utterance. The
 teacher's distribution is kept from collapsing by centring and sharpening, or by Sinkhorn-Knopp balancing (arXiv
-2006.09882). KoLeo (arXiv 1806.03198) and RDINO's variance and covariance terms (arXiv 2211.04168) keep embeddings apart.
+2006.09882). KoLeo (arXiv 1806.03198) and RDINO's variance and covariance terms (arXiv 2211.04168) keep
+embeddings apart.
 """
 
 from __future__ import annotations
@@ -165,8 +166,8 @@ def cross_view_loss(student: Tensor, targets: Tensor, temperature: float) -> Ten
     """Mean cross-entropy between every student crop and every *other* teacher crop of the same utterance.
 
     student : (views, batch, prototypes) cosines, at least 2 views, the first ones being the teacher's; targets :
-    (teacher views, batch, prototypes). The sum over pairs is regrouped: a student crop meets the sum of the targets that
-    are not its own, so each student row takes part in one product however many teacher crops there are.
+    (teacher views, batch, prototypes). The sum over pairs is regrouped: a student crop meets the sum of the targets
+    that are not its own, so each student row takes part in one product however many teacher crops there are.
     """
     views, teacher_views = student.shape[0], targets.shape[0]
     total = targets.sum(0, keepdim=True)
