@@ -211,8 +211,7 @@ def contenders(args: argparse.Namespace, case: str, models: dict, device: torch.
         frames = sum(len(f.data) for f in features)
         for name, model in models["speechbrain"].items():
             if name.startswith("ours"):
-                outputs = ("hidden_states", "mfa")
-                runs[name] = lambda m=model, fs=features: [m(f, outputs) for f in fs]
+                runs[name] = lambda m=model, fs=features: [m(f, ("hidden_states", "mfa")) for f in fs]
                 continue
             shares = [torch.tensor(f.lengths, device=device) / max(f.lengths) for f in features]
             padded = [f.pad() for f in features]

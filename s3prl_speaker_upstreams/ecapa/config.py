@@ -92,8 +92,9 @@ class EcapaConfig(_Config):
     context_var_unbiased, context_var_floor, context_var_floor_mode : variance of that context: divided by n - 1 or n;
         "clamp"ed from below by the floor, or the floor is "add"ed. A single frame has variance 0 before the floor,
         also where n - 1 = 0
-    pool_var, pool_var_floor : weighted variance, "centred" sum a (x - mean)^2 or "moments" sum a x^2 - mean^2; clamped
-        by the floor
+    pool_var, pool_var_floor : weighted variance, clamped by the floor. The original forms it "centred", as
+        sum a (x - mean)^2, or from "moments", sum a x^2 - mean^2; these are equal, and both are evaluated centred:
+        the cancellation of the moments would amplify rounding a hundredfold
     embedding_norm : batch normalisation of the embedding
 
     >>> EcapaConfig(channels=512).replace(stride=2).downsample

@@ -199,10 +199,8 @@ class Pooling(nn.Module):
         """Mean and deviation under softmax weights over the frames; both (utterances, frames, M)."""
         x, weights = x.float(), scores.float().softmax(1)
         mean = (weights * x).sum(1)
-        if self.cfg.pool_var == "centred":
-            var = (weights * (x - mean[:, None]).square()).sum(1)
-        else:
-            var = (weights * x.square()).sum(1) - mean.square()
+        # Also where the original takes moments (cfg.pool_var): the same number, without their cancellation.
+        var = (weights * (x - mean[:, None]).square()).sum(1)
         return torch.cat([mean, var.clamp(min=self.cfg.pool_var_floor).sqrt()], 1)
 
 

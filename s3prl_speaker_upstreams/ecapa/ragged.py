@@ -7,7 +7,7 @@ two utterances.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -115,22 +115,28 @@ class Gaps(NamedTuple):
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, device: torch.device) -> Gaps:
         """Layout of a batch; recent ones are remembered."""
-        return _gaps(tuple(lengths), width, device)
+        return _remembered(_gaps)(tuple(lengths), width, device)
+
+
+def _remembered(function: Callable) -> Callable:
+    # The compiler sees through the function, not through its memory.
+    return function.__wrapped__ if torch.compiler.is_compiling() else function
 
 
 @lru_cache(maxsize=64)
 def _gaps(lengths: tuple[int, ...], width: int, device: torch.device) -> Gaps:
-    source, gap_source = [], []
+    source, real, gap, gap_source = [], [], [], []
     frames = rows = 0
     for length in lengths:
         own = reflect_index(np.arange(-width, length + width), length)
+        outside = np.concatenate([np.arange(width), np.arange(width + length, 2 * width + length)])
         source.append(own + frames)
-        gap_source.append(own + rows + width)
+        real.append(np.arange(width, width + length) + rows)
+        gap.append(outside + rows)
+        gap_source.append(own[outside] + width + rows)
         frames += length
         rows += length + 2 * width
-    source, rows_shown = np.concatenate(source), np.concatenate(gap_source)
-    real = rows_shown == np.arange(rows)
-    parts = (source, np.flatnonzero(real), np.flatnonzero(~real), rows_shown[~real])
+    parts = (np.concatenate(x) for x in (source, real, gap, gap_source))
     return Gaps(*(torch.from_numpy(x.astype(np.int64)).to(device) for x in parts))
 
 
@@ -146,7 +152,7 @@ def patches(x: Ragged, kernel_size: int, stride: int, padding: str) -> tuple[Ten
             [2., 3., 0.],
             [0., 9., 0.]]), [2, 1])
     """
-    index, lengths = _patches(tuple(x.lengths), kernel_size, stride, padding, x.data.device)
+    index, lengths = _remembered(_patches)(tuple(x.lengths), kernel_size, stride, padding, x.data.device)
     # Row 0 is what lies outside under zero padding. Embedding rather than indexing: its backward pass is fast.
     table = F.pad(x.data, (0, 0, 1, 0))
     return F.embedding(index, table).flatten(1), list(lengths)
