@@ -317,7 +317,44 @@ def _config(run: Run, lr: float | None = None, fold: str | None = None) -> dict[
         values["downstream_expert.datarc.test_fold"] = fold
     for dotted, value in values.items():
         _assign(config, dotted, value)
+    if run.nproc > 1 and run.task.trained:
+        _share_updates(run, config)
     return config
+
+
+def _share_updates(run: Run, config: dict[str, Any]) -> None:
+    """Several GPUs take the place of accumulated batches: an update sees as many utterances as in the benchmark."""
+    batches = int(config["runner"]["gradient_accumulate_steps"])
+    if batches % run.nproc:
+        raise ConfigError(
+            f"--nproc {run.nproc}: {run.task.name} accumulates {batches} batches an update, which must be a multiple of "
+            "the number of GPUs for the benchmark's batch size to hold; give another --nproc, or set "
+            "runner.gradient_accumulate_steps and the batch size with --set"
+        )
+    config["runner"]["gradient_accumulate_steps"] = batches // run.nproc
+
+
+def _flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value})
+    return flat
+
+
+def _same_training(run: Run, expdir: Path, config: dict[str, Any]) -> None:
+    """Refuse to go on with a training that was started with other hyperparameters; places and workers may differ."""
+    file = expdir / "config.yaml"
+    if not file.is_file():
+        return
+    free = {*_paths_and_workers(run), run.task.workers, "runner.total_steps"}
+    then, now = _flat(yaml.safe_load(file.read_text())), _flat(config)
+    different = sorted(key for key in then.keys() | now.keys() if key not in free and then.get(key) != now.get(key))
+    if different:
+        key = different[0]
+        raise ConfigError(
+            f"{expdir}: holds a training with {key}={then.get(key)!r}, this one has {now.get(key)!r}; give another "
+            "--tag or --exp, or --force to train anew"
+        )
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> Path:
@@ -401,6 +438,10 @@ def _check(run: Run) -> None:
         )
     if run.s3prl_root is not None and not (run.s3prl_root / "s3prl" / "run_downstream.py").is_file():
         raise ConfigError(f"{run.s3prl_root}: not a checkout of s3prl; expected s3prl/run_downstream.py in it")
+    if run.nproc > 1 and not run.device.startswith("cuda"):
+        raise ConfigError(
+            f"--nproc {run.nproc} with --device {run.device}: s3prl trains in several processes on CUDA only"
+        )
     config = _config(run)
     _enough_space(run, config)
     if run.smoke and run.data is None and not (run.corpus / ".whole").is_file():
@@ -478,6 +519,7 @@ def _train(run: Run) -> None:
         total = int(config["runner"]["total_steps"])
         if run.force and expdir.exists():
             shutil.rmtree(expdir)
+        _same_training(run, expdir, config)
         expdir.mkdir(parents=True, exist_ok=True)
         whole = checkpoints(expdir)
         latest = whole[-1] if whole else None

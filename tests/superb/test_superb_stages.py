@@ -251,7 +251,44 @@ def test_training_that_never_got_better_on_dev_takes_the_last_checkpoint(make, m
     assert "no update got better on dev" in caplog.text
 
 
+def test_several_gpus_take_the_place_of_accumulated_batches(make, monkeypatch):
+    fake = FakeRunner(monkeypatch)
+    run = make("SID", nproc=4, settings={"runner.gradient_accumulate_steps": 4})
+    assert stages._config(run)["runner"]["gradient_accumulate_steps"] == 1
+    with pytest.raises(ConfigError, match="accumulates 4 batches"):
+        stages._config(replace(run, nproc=3))
+    with pytest.raises(ConfigError, match="on CUDA only"):
+        stages.run_stages(replace(run, device="cpu"))
+    assert not fake.calls
+
+
+def test_torchrun_hands_the_rank_to_the_stock_program(monkeypatch):
+    from s3prl_speaker_upstreams.superb import distributed
+
+    started = []
+    monkeypatch.setattr(distributed.runpy, "run_module", lambda name, **options: started.append((name, sys.argv[1:])))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(sys, "argv", ["x", "-m", "train"])
+    distributed.main()
+    assert started == [("s3prl.run_downstream", ["-m", "train", "--local_rank=3"])]
+
+
 # ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_training_with_other_hyperparameters_is_not_gone_on_with(make, monkeypatch):
+    fake = FakeRunner(monkeypatch)
+    run = make("KS")
+    fake.fail_at = 4
+    with pytest.raises(RunFailed):
+        stages.run_stages(run)
+    fake.fail_at = None
+    bigger = replace(run, settings={"downstream_expert.datarc.batch_size": 8})
+    with pytest.raises(ConfigError, match="batch_size=4, this one has 8; give another --tag"):
+        stages.run_stages(bigger)
+    stages.run_stages(replace(run, workers=2, settings={"runner.total_steps": 4}))  # those may change
+    stages.run_stages(replace(bigger, force=True))
+    assert "batch_size: 8" in (run.folder / "lr1e-04" / "config.yaml").read_text()
 
 
 def test_missing_package_names_the_extra_before_any_work(make, monkeypatch):
