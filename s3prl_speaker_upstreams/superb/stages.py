@@ -327,8 +327,8 @@ def _share_updates(run: Run, config: dict[str, Any]) -> None:
     batches = int(config["runner"]["gradient_accumulate_steps"])
     if batches % run.nproc:
         raise ConfigError(
-            f"--nproc {run.nproc}: {run.task.name} accumulates {batches} batches an update, which must be a multiple of "
-            "the number of GPUs for the benchmark's batch size to hold; give another --nproc, or set "
+            f"--nproc {run.nproc}: {run.task.name} accumulates {batches} batches an update, which must be a multiple "
+            "of the number of GPUs for the benchmark's batch size to hold; give another --nproc, or set "
             "runner.gradient_accumulate_steps and the batch size with --set"
         )
     config["runner"]["gradient_accumulate_steps"] = batches // run.nproc
