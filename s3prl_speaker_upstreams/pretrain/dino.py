@@ -355,7 +355,8 @@ class CollapseMonitor:
     """Recognises the ways in which DINO fails silently, from the metrics of log steps.
 
     >>> monitor = CollapseMonitor(CollapseConfig(patience=1), prototypes=2048, grace_steps=50)
-    >>> bad = dict(loss_minus_lnk=-3.0, marginal_entropy=2.7, effective_dimension=3.0, embedding_spread=0.4)
+    >>> bad = dict(loss_minus_lnk=-3.0, teacher_entropy=2.5, marginal_entropy=2.7, effective_dimension=3.0,
+    ...            embedding_spread=0.4)
     >>> monitor.update(20, bad) is None, monitor.update(60, bad) is not None
     (True, True)
     """
@@ -374,6 +375,11 @@ class CollapseMonitor:
                 abs(metrics["loss_minus_lnk"]) < c.min_below_lnk,
                 f"the output is still uniform over the prototypes (loss - ln K = {metrics['loss_minus_lnk']:.4f})",
                 "raise optim.lr, lower dino.teacher_temp, or check that the crops of one utterance share a speaker",
+            ),
+            "entropy": (
+                metrics["teacher_entropy"] > c.max_entropy_fraction * self.lnk,
+                f"the teacher's targets say nothing (entropy {metrics['teacher_entropy']:.2f} of {self.lnk:.2f} nats)",
+                "freeze the prototypes for longer (dino.freeze_last_layer), lower dino.teacher_temp or optim.lr",
             ),
             "marginal": (
                 metrics["marginal_entropy"] < c.min_marginal_fraction * self.lnk,

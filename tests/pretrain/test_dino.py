@@ -332,7 +332,13 @@ def test_metrics_see_a_collapse_to_a_point_and_to_a_line():
     assert healthy.metrics()["embedding_spread"] > 0.02 and healthy.metrics()["effective_dimension"] > 1.5
 
 
-HEALTHY = {"loss_minus_lnk": -3.0, "marginal_entropy": 7.5, "effective_dimension": 30.0, "embedding_spread": 0.8}
+HEALTHY = {
+    "loss_minus_lnk": -3.0,
+    "teacher_entropy": 5.0,
+    "marginal_entropy": 7.5,
+    "effective_dimension": 30.0,
+    "embedding_spread": 0.8,
+}
 
 
 @pytest.mark.parametrize(
@@ -342,6 +348,7 @@ HEALTHY = {"loss_minus_lnk": -3.0, "marginal_entropy": 7.5, "effective_dimension
         ({"marginal_entropy": 2.7}, "dino.targets=sinkhorn"),
         ({"embedding_spread": 1e-3}, "shrunk to a point"),
         ({"loss_minus_lnk": 0.0}, "still uniform"),
+        ({"teacher_entropy": 7.48}, "dino.freeze_last_layer"),
     ],
 )
 def test_every_collapse_is_recognised_after_grace_and_patience(bad, advice):

@@ -193,7 +193,7 @@ def test_a_non_finite_loss_names_step_and_files(corpus, tmp_path, monkeypatch):
 
 def test_a_collapse_stops_the_run_with_advice(corpus, tmp_path):
     overrides = ["dino.collapse.action=stop", "dino.collapse.grace=2 steps", "dino.collapse.patience=2"]
-    trainer = make(corpus, tmp_path, *overrides, "dino.collapse.min_effective_dimension=1000")
+    trainer = make(corpus, tmp_path, *overrides, "dino.collapse.min_effective_dimension=100")
     with pytest.raises(Collapse, match="dino.koleo"):
         trainer.run()
     assert trainer.step == 4 and [p.name for p in trainer.store.paths()][-1] == "step_00000004.pt"
