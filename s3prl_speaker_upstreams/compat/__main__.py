@@ -2,13 +2,15 @@
 
     python -m s3prl_speaker_upstreams.compat preprocess/generate_len_for_bucket.py -i LibriSpeech -o data
 
-Its joblib workers become threads: child processes would import plain torchaudio. Without a script, lists the stand-ins.
+Where torchaudio's readers are stand-ins, joblib's workers become threads: children would import plain torchaudio.
+Without a script, lists the stand-ins.
 """
 
 from __future__ import annotations
 
 import runpy
 import sys
+from contextlib import nullcontext
 
 from s3prl_speaker_upstreams import compat
 
@@ -25,9 +27,12 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(__doc__)
         return 0 if argv[0] in ("-h", "--help") else 2
     import joblib
+    import torchaudio
 
     sys.argv = argv
-    with joblib.parallel_config(backend="threading"):
+    ours = torchaudio.info.__module__.startswith(compat.__name__)
+    # torchaudio's own sox reader is not safe in threads, and needs none
+    with joblib.parallel_config(backend="threading") if ours else nullcontext():
         runpy.run_path(argv[0], run_name="__main__")
     return 0
 

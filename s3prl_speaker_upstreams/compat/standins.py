@@ -61,8 +61,8 @@ def _call(source: str, function: str) -> Callable[[ModuleType], Any]:
 
 def _needs_torchcodec(module: ModuleType) -> bool:
     """torchaudio's own reading and writing goes through TorchCodec, and TorchCodec cannot be imported."""
-    if not hasattr(module, "load_with_torchcodec"):
-        return False
+    if hasattr(module, "list_audio_backends") or not hasattr(module, "load_with_torchcodec"):
+        return False  # 2.8 has both: TorchCodec on demand, and still its own backends
     if importlib.util.find_spec("torchcodec") is None:
         return True
     try:

@@ -130,7 +130,7 @@ def test_only_what_is_missing_is_put_in_place(patched):
     import huggingface_hub
     import torchaudio
 
-    if hasattr(torchaudio, "load_with_torchcodec") or not hasattr(huggingface_hub, "Repository"):
+    if not hasattr(torchaudio, "list_audio_backends") or not hasattr(huggingface_hub, "Repository"):
         assert changed and set(active) & REMOVED
     elif standins._no_sox(torchaudio):
         pytest.skip("this torchaudio finds no libsox.so to open (apt-get install libsox-dev libsox-fmt-base)")
@@ -141,7 +141,7 @@ def test_only_what_is_missing_is_put_in_place(patched):
 def test_complete_on_the_current_stack(patched):
     import torchaudio
 
-    if not hasattr(torchaudio, "load_with_torchcodec"):
+    if hasattr(torchaudio, "list_audio_backends"):
         pytest.skip(f"torchaudio {torchaudio.__version__} still has what newer ones removed")
     if importlib.util.find_spec("torchcodec"):
         pytest.skip("torchcodec is installed, so reading and writing are torchaudio's own")
@@ -154,7 +154,7 @@ def test_missing_libsox_is_seen():
     """A torchaudio with sox_effects but no libsox to open gets the stand-in's functions in its own module."""
     import torchaudio
 
-    if hasattr(torchaudio, "load_with_torchcodec"):
+    if not hasattr(torchaudio, "list_audio_backends"):
         pytest.skip(f"torchaudio {torchaudio.__version__} has no sox_effects at all")
     code = """
         import torch

@@ -28,7 +28,7 @@ KINDS = [
 ]
 
 legacy = pytest.mark.skipif(
-    hasattr(torchaudio, "load_with_torchcodec"),
+    not hasattr(torchaudio, "list_audio_backends"),
     reason=f"torchaudio {torchaudio.__version__} has no reader to compare with",
 )
 
