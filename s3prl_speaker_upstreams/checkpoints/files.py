@@ -32,7 +32,11 @@ _UNSUPPORTED_INSTR = re.compile(r"Can only build|not allowed|Unsupported operand
 
 
 class LoadedFile(NamedTuple):
-    """What a checkpoint file holds: `data` (any object) and, for safetensors, its `metadata` (else None)."""
+    """What a checkpoint file holds: `data` (any object) and, for safetensors, its `metadata` (else None).
+
+    >>> LoadedFile({"weight": 1}).metadata is None
+    True
+    """
 
     data: Any
     metadata: dict[str, str] | None = None
@@ -226,13 +230,16 @@ def _check_torch_zip(path: Path) -> None:
 
 def _torch_load(path: Path, *, zipped: bool, allow_pickle: bool) -> Any:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": not allow_pickle}
-    if zipped:
-        options["mmap"] = True
+    if allow_pickle:
+        logger.warning("%s: opened with allow_pickle: the file may run code of its own", path)
     try:
-        if allow_pickle:
-            logger.warning("%s: opened with allow_pickle: the file may run code of its own", path)
-            return torch.load(str(path), **options)
-        with numpy_safe_globals():
+        with contextlib.nullcontext() if allow_pickle else numpy_safe_globals():
+            if zipped:
+                try:
+                    return torch.load(str(path), mmap=True, **options)
+                except (RuntimeError, OSError) as error:
+                    # Some network file systems cannot map files; what is really damaged fails again below.
+                    logger.debug("%s: not memory-mapped: %s", path, error)
             return torch.load(str(path), **options)
     except CheckpointUnreadable:
         raise

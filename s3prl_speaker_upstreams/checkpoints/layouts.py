@@ -102,6 +102,9 @@ class Layout:
     ignored : regular expressions (matched at the start) of tensors that belong to the training, not to the network
     buffers : front-end tensors that the file carries, ``{"window": key, "mel": key, "preemphasis": key}``
     folder_files : the names under which the project's folders hold the file, best first
+
+    >>> dict((ours, theirs) for ours, theirs, _ in LAYOUTS["wespeaker"].tensors(7))["block_2.res2.0.norm.bias"]
+    'layer2.se_res2block.1.bns.0.bias'
     """
 
     name: str

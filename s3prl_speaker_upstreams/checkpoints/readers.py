@@ -55,6 +55,9 @@ class Checkpoint:
     role : "teacher" or "student" of a self-supervised pair, "supervised" (one network), or "untrained"
     provenance : where it came from, plain values
     frontend_buffers : ``window`` (win_length,) and ``mel`` (n_fft / 2 + 1, n_mels) where the file carries them
+
+    >>> Checkpoint(EcapaConfig(), FrontendConfig(), {}, "speechbrain", "supervised").provenance
+    {}
     """
 
     ecapa: EcapaConfig
@@ -157,6 +160,10 @@ def build_encoder(checkpoint: Checkpoint, dtype: str | None = None):
     """SpeakerEncoder with a checkpoint's weights and front-end, in eval mode.
 
     dtype : arithmetic of the network, "float32" (default) or "bfloat16"; parameters and outputs stay float32
+
+    >>> from s3prl_speaker_upstreams.checkpoints import untrained
+    >>> build_encoder(untrained(channels=16, mfa_channels=24)).hidden_size
+    16
     """
     from ..ecapa import SpeakerEncoder
 

@@ -21,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Hints:
-    """Fields of EcapaConfig and FrontendConfig that a project's configuration file states, and its name."""
+    """Fields of EcapaConfig and FrontendConfig that a project's configuration file states, and its name.
+
+    >>> Hints(ecapa={"dilations": (2, 3, 4)}).frontend
+    {}
+    """
 
     ecapa: dict[str, Any] = field(default_factory=dict)
     frontend: dict[str, Any] = field(default_factory=dict)
@@ -63,22 +67,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         return {}
-    return {key: _resolve(value, data) for key, value in data.items()}
+    done: dict[int, Any] = {}
+    return {key: _resolve(value, data, done) for key, value in data.items()}
 
 
-def _resolve(value: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
-    if depth > 20:
+def _resolve(value: Any, root: Mapping[str, Any], done: dict[int, Any]) -> Any:
+    if not isinstance(value, (dict, list)):
         return value
+    if id(value) not in done:
+        # Aliases make one node appear many times, or within itself: each is looked at once.
+        done[id(value)] = value
+        done[id(value)] = _resolved(value, root, done)
+    return done[id(value)]
+
+
+def _resolved(value: dict | list, root: Mapping[str, Any], done: dict[int, Any]) -> Any:
     if isinstance(value, dict):
         if value.get("!") == "!ref" and isinstance(value.get("value"), str):
             whole = re.fullmatch(r"<([\w-]+)>", value["value"].strip())
             if whole and whole.group(1) in root and not isinstance(root[whole.group(1)], dict):
-                return _resolve(root[whole.group(1)], root, depth + 1)
+                return _resolve(root[whole.group(1)], root, done)
             return value
-        return {k: _resolve(v, root, depth + 1) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolve(v, root, depth + 1) for v in value]
-    return value
+        return {k: _resolve(v, root, done) for k, v in value.items()}
+    return [_resolve(v, root, done) for v in value]
 
 
 def speechbrain_or_3dspeaker(file: Path) -> tuple[str, str] | None:

@@ -40,7 +40,11 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Answer(NamedTuple):
-    """What a server says of a file: Hub commit, content hash (ETag without quotes) and size in bytes, where known."""
+    """What a server says of a file: Hub commit, content hash (ETag without quotes) and size in bytes, where known.
+
+    >>> Answer(None, "v1", 83_316_686).size
+    83316686
+    """
 
     commit: str | None
     etag: str | None

@@ -161,6 +161,20 @@ def test_the_file_can_go_once_it_is_read(tiny):
     assert torch.equal(checkpoint.state["mfa.conv.weight"], networks["teacher"]["mfa.conv.weight"])
 
 
+def test_a_file_system_that_cannot_map_files(tiny, monkeypatch):
+    path, networks = tiny("wespeaker")
+    real = torch.load
+
+    def without_mmap(*args, mmap=None, **kwargs):
+        if mmap:
+            raise RuntimeError("unable to mmap 123 bytes: No such device (19)")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", without_mmap)
+    assert torch.equal(read_checkpoint(path).state["mfa.conv.weight"], networks["supervised"]["mfa.conv.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_that_is_not_torchs(tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointUnreadable, match="damaged"):

@@ -2,7 +2,7 @@
 
 Two sets: the full one beside the checkout (skipped where it is absent) and a reduced one that travels with the tests.
 Limits, of max |difference| / max |reference|: features 3e-4 for Kaldi's front-end and 2e-5 for the others; blocks, mfa,
-pooled and embedding 1e-5, from the original's own features; and end to end from the waveform.
+pooled and embedding 1e-5, from the original's own features and end to end from the waveform.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def check(path: Path, cases: list[dict], format: str) -> None:
             if name in case:
                 compared.add(name)
                 assert error(network[name], case[name]) <= 1e-5, (case["name"], name)
-                # End to end, the front-end's own tolerance passes through the blocks; pooling averages it out.
-                bound = 1e-5 if name in ("pooled", "embedding") else limit
-                assert error(whole[name], case[name]) <= bound, (case["name"], name, "end to end")
+                assert error(whole[name], case[name]) <= 1e-5, (case["name"], name, "end to end")
     assert compared == {"features", "block0", "block1", "block2", "block3", "mfa", "pooled", "embedding"}
 
 

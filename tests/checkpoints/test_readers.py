@@ -18,12 +18,16 @@ ORIGINALS = tuple(name for name in FORMATS if name != "native")
 
 
 def test_the_examples_run():
+    """... and everything public has one."""
     import doctest
     import importlib
 
     for name in ("", ".files", ".layouts", ".native", ".readers", ".sidecars"):
-        result = doctest.testmod(importlib.import_module(f"s3prl_speaker_upstreams.checkpoints{name}"))
+        module = importlib.import_module(f"s3prl_speaker_upstreams.checkpoints{name}")
+        result = doctest.testmod(module)
         assert result.attempted and not result.failed
+        public = [getattr(module, name) for name in module.__all__]
+        assert [thing for thing in public if callable(thing) and ">>>" not in thing.__doc__] == []
 
 
 def assert_same(state, expected):
@@ -443,6 +447,16 @@ def test_hyperparams_that_contradict(tiny, tmp_path, old, new, message):
     (path.parent / "hyperparams.yaml").write_text(text.replace(old, new))
     with pytest.raises(CheckpointMismatch, match=message):
         read_checkpoint(path.parent)
+
+
+def test_a_configuration_that_grows_when_it_is_read(tiny):
+    """Aliases of aliases: a few lines that stand for more than any memory holds."""
+    path, _ = tiny("speechbrain")
+    lines = ["speechbrain.: x", "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    lines += ["loop: &loop [*loop, *loop]"]
+    (path.parent / "hyperparams.yaml").write_text("\n".join(lines))
+    assert read_checkpoint(path.parent).format == "speechbrain"
 
 
 def test_unreadable_configuration_is_said_and_not_used(tiny, caplog):

@@ -94,6 +94,22 @@ def test_shipped_entries_are_listed_if_their_files_are_there():
         assert resolve(name).is_file()
 
 
+def test_a_shipped_file_tells_its_own_provenance(tmp_path, monkeypatch):
+    from s3prl_speaker_upstreams.checkpoints import save_native, untrained
+
+    monkeypatch.setattr(registry_module, "SHIPPED_FOLDER", tmp_path)
+    monkeypatch.setattr(cache, "SHIPPED_FOLDER", tmp_path)
+    assert registry_module._shipped() == ()
+    told = {"training_data": "30 h of somebody", "licence": "CC0-1.0"}
+    path = save_native(untrained(channels=16, mfa_channels=24), tmp_path / "ecapa_dino_small.safetensors", told)
+    (entry,) = registry_module._shipped()
+    assert entry.shipped and entry.name == "ecapa_dino_small" and entry.self_supervised
+    assert (entry.training_data, entry.licence) == ("30 h of somebody", "CC0-1.0")
+    assert resolve(entry) == path == cached(entry)
+    path.write_bytes(b"damaged")
+    assert registry_module._shipped()[0].training_data == "see the file's provenance"
+
+
 def test_unknown_names_get_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'ecapa_tdnn'.*ecapa_dino_sslsv"):
         resolve("ecapa_tdn")
@@ -217,12 +233,16 @@ def test_eight_processes_one_download(server):
 
 
 def test_the_examples_run():
+    """... and everything public has one."""
     import doctest
     import importlib
 
     for name in ("", ".cache", ".cli", ".downloader", ".registry"):
-        result = doctest.testmod(importlib.import_module(f"s3prl_speaker_upstreams.weights{name}"))
+        module = importlib.import_module(f"s3prl_speaker_upstreams.weights{name}")
+        result = doctest.testmod(module)
         assert result.attempted and not result.failed
+        public = [getattr(module, name) for name in module.__all__]
+        assert [thing for thing in public if callable(thing) and ">>>" not in thing.__doc__] == []
 
 
 def test_a_plain_url(server, hosted, tmp_path):

@@ -137,3 +137,17 @@ def test_convert_that_fails_writes_nothing(command, capsys, checkpoint, tmp_path
     (tmp_path / "file").write_text("")
     assert command("convert", checkpoint, tmp_path / "file" / "x.safetensors") == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_init_says_that_it_is_untrained(command, capsys, tmp_path):
+    words = ("init", tmp_path / "x.safetensors", "--dialect", "wespeaker", "--channels", "16", "--seed", "3")
+    assert command(*words) == 0
+    capsys.readouterr()
+    first = checkpoints.read_checkpoint(tmp_path / "x.safetensors")
+    assert first.role == "untrained" and "random" in first.provenance["training_data"]
+    assert first.ecapa.channels == 16 and first.ecapa.padding == "zeros"
+    assert command("init", tmp_path / "y.safetensors", *words[2:]) == 0
+    again = checkpoints.read_checkpoint(tmp_path / "y.safetensors")
+    assert all(torch.equal(first.state[k], again.state[k]) for k in first.state)
+    assert command("info", tmp_path / "x.safetensors") == 0
+    assert "role: untrained" in capsys.readouterr().out
