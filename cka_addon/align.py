@@ -113,7 +113,7 @@ def take(x: Tensor, first: np.ndarray, last: np.ndarray) -> Tensor:
 
 
 def describe(clocks: Sequence[Clock], rule: str) -> dict[str, object]:
-    """The rule in words and numbers, for the provenance; the misfit is how far off its moment a frame's centre can be."""
+    """The rule in words and numbers, for the provenance; the misfit is the most that a frame is off its moment."""
     chosen = reference_clock(clocks)
     reference = clocks[chosen]
     moments = reference.times(1000)

@@ -226,7 +226,7 @@ class State:
     plan : what makes two shards parts of one run
     total, total_baseline : accumulators over all blocks (full mode, streaming form)
     features : per block, the examples themselves (full mode, Gram form)
-    variance, mean_sq : see `check_varies`; weighted sums over the blocks
+    variation : per block, (examples, variance of every layer, mean of every feature), to find constant layers
     """
 
     plan: dict
@@ -296,8 +296,8 @@ class State:
                 tensors |= {f"{name}/{i}": t.cpu().contiguous() for i, t in enumerate(moments.tensors())}
         for b, layers in self.features.items():
             tensors |= {f"features/{b}/{i}": x.cpu().contiguous() for i, x in enumerate(layers)}
-        for b, (_, variance, mean_sq) in self.variation.items():
-            tensors[f"variation/{b}"] = torch.from_numpy(np.stack([variance, mean_sq]))
+        for b, (_, variance, mean) in self.variation.items():
+            tensors[f"variation/{b}"] = torch.from_numpy(np.concatenate([variance, mean]))
         about = {
             "plan": self.plan,
             "infos": [i.to_dict() for i in self.infos],
@@ -348,8 +348,8 @@ class State:
             for b in state.blocks:
                 state.features[b] = [tensors[f"features/{b}/{i}"] for i in range(len(state.dims))]
         for b, n in about["variation"].items():
-            variance, mean_sq = tensors[f"variation/{b}"].numpy()
-            state.variation[int(b)] = (n, variance, mean_sq)
+            both = tensors[f"variation/{b}"].numpy()
+            state.variation[int(b)] = (n, both[: len(state.dims)], both[len(state.dims) :])
         return state
 
 
@@ -407,21 +407,21 @@ class _Runner:
         block.utterances -= sum(name in self.state.left_out for name in ids)
         self.state.blocks[number] = block
         if self._variation:
-            self.state.variation[number] = _pool_variation(self._variation)
+            self.state.variation[number] = _pool_variation(self._variation, self.state.dims)
 
     def _note(self, layers: Sequence[Tensor]) -> None:
         """Keep variance and mean of the layers, so that a constant one is found whatever the estimator makes of it."""
-        if not len(layers[0]):
-            return
         n = len(layers[0])
-        means, squares = [], []
+        if not n:
+            return
+        variance, means = [], []
         for x in layers:
             # About the first example: a constant layer then has zeros only.
             shifted = x - x[0]
             mean = shifted.mean(0, dtype=torch.float64)
-            squares.append(float(shifted.square().sum(dtype=torch.float64)) / n - float(mean.square().sum()))
-            means.append(float((mean + x[0].double()).square().sum()))
-        self._variation.append((n, np.maximum(squares, 0.0), np.array(means)))
+            variance.append(max(0.0, float(shifted.square().sum(dtype=torch.float64)) / n - float(mean.square().sum())))
+            means.append((mean + x[0].double()).cpu().numpy())
+        self._variation.append((n, np.array(variance), np.concatenate(means)))
 
     def _minibatches(self, block: Block, stream: Iterator[list[Tensor]], rng: np.random.Generator) -> None:
         size, options = self.options.batch_size, self.options
@@ -509,7 +509,7 @@ class _Runner:
         if mine.n >= MIN_EXAMPLES[self.options.biased] and self.state.plan["blocks"] > 1:
             block.h = mine.hsic(self.options.biased)
         if mine.n:
-            self._variation.append((mine.n, *mine.spread()))
+            self._variation.append((mine.n, mine.spread()[0], (mine.s / mine.n + mine.shift).cpu().numpy()))
         for name, part in (("total", mine), ("total_baseline", permuted)):
             if part is None or part.n == 0:
                 continue
@@ -520,10 +520,19 @@ class _Runner:
                 getattr(self.state, name).merge(part)
 
 
-def _pool_variation(parts: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Largest variance and mean over parts: a layer is constant when no part of it varies, or only its level jumps."""
-    n = sum(p[0] for p in parts)
-    return n, np.max([p[1] for p in parts], axis=0), np.max([p[2] for p in parts], axis=0)
+def _pool_variation(
+    parts: Sequence[tuple[int, np.ndarray, np.ndarray]], dims: Sequence[int]
+) -> tuple[int, np.ndarray, np.ndarray]:
+    """(examples, variance of every layer, mean of every feature) of parts taken together."""
+    n = np.array([p[0] for p in parts], dtype=np.float64)
+    base = parts[0][2]
+    # About the first part's mean, so that a large common mean costs no digits.
+    away = np.stack([p[2] - base for p in parts])
+    mean = n @ away / n.sum()
+    between = n @ (away - mean) ** 2 / n.sum()
+    starts = np.concatenate([[0], np.cumsum(dims)[:-1]]).astype(int)
+    variance = n @ np.stack([p[1] for p in parts]) / n.sum() + np.add.reduceat(between, starts)
+    return int(n.sum()), variance, base + mean
 
 
 def make_blocks(ids: Sequence[str], count: int, seed: int) -> list[list[str]]:
@@ -781,10 +790,11 @@ def finish(state: State) -> CKAResult:
         raise TooFewExamples(
             f"none of {state.plan['utterances']} utterances could be used; the first: {_first(state.left_out)}"
         )
-    if state.variation:
-        _, variance, mean_sq = _pool_variation(list(state.variation.values()))
-        check_varies(variance, mean_sq, names=names, where=f" over all {used} utterances")
     smallest = MIN_EXAMPLES[options.biased]
+    if examples >= smallest and state.variation:
+        _, variance, mean = _pool_variation([state.variation[b] for b in sorted(state.variation)], state.dims)
+        starts = np.concatenate([[0], np.cumsum(state.dims)[:-1]]).astype(int)
+        check_varies(variance, np.add.reduceat(mean**2, starts), names=names, where=f" over all {used} utterances")
     if options.mode == "minibatch":
         batches = sum(b.batches for b in blocks)
         if not batches:

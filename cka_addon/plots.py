@@ -85,7 +85,7 @@ def plot_heatmap(
     b = b or a
     values = result.between(b, a, what)
     rows, columns = values.shape
-    size = (max(3.6, min(11, 1.9 + 0.32 * columns)), max(3.2, min(10, 1.4 + 0.32 * rows)))
+    size = (max(3.6, min(11, 1.9 + 0.32 * columns)), max(2.2, min(10, 1.4 + 0.32 * rows)))
     figure, ax = _axes(ax, size)
     image = ax.imshow(values, origin="lower", vmin=0, vmax=1, cmap=COLOURS, aspect="equal", interpolation="nearest")
     _label(ax.xaxis, a, result.layers(a))
@@ -305,7 +305,10 @@ def save(figure: Figure, path: str | Path, formats: Sequence[str] = ("png", "pdf
         metadata = {"CreationDate": None} if ending == "pdf" else None
         written.append(
             provenance.write_atomically(
-                target, lambda temporary, e=ending, m=metadata: figure.savefig(temporary, format=e, dpi=200, metadata=m)
+                target,
+                lambda temporary, e=ending, m=metadata: figure.savefig(
+                    temporary, format=e, dpi=200, metadata=m, bbox_inches="tight", pad_inches=0.08
+                ),
             )
         )
     return written
