@@ -39,7 +39,7 @@ from typing import Any
 
 import yaml
 
-from s3prl_speaker_upstreams.errors import ConfigError, MissingPackage
+from s3prl_speaker_upstreams.errors import CheckpointUnreadable, ConfigError, MissingPackage
 from s3prl_speaker_upstreams.superb.audio import write_text
 from s3prl_speaker_upstreams.superb.checks import check_corpus
 from s3prl_speaker_upstreams.superb.corpora import generate
@@ -242,7 +242,11 @@ def _stock(
     return text
 
 
-_FULL = re.compile(r"No space left on device|Errno 28|Disk quota exceeded|Errno 122|PytorchStreamWriter failed writing")
+# what Python, and torch.save (whose C++ writer gives no reason), say when a file system takes no more
+_FULL = re.compile(
+    r"No space left on device|Errno 28\b|Disk quota exceeded|Errno 122\b|PytorchStreamWriter failed writing|"
+    r"basic_ios::clear: iostream error|enforce fail at inline_container\.cc:\d+\] \. unexpected pos"
+)
 
 
 def _failure(run: Run, command: Sequence[str], code: int, text: str, log: Path) -> Exception:
@@ -250,8 +254,9 @@ def _failure(run: Run, command: Sequence[str], code: int, text: str, log: Path) 
     tail = "\n".join(lines[-_TAIL:])
     if _FULL.search(text):
         return NoSpaceLeft(
-            f"the disk of {run.folder} is full: s3prl could not save. Checkpoints saved before are kept; make room and "
-            f"start the stage again, it goes on from the last whole one. Last lines of {log}:\n{tail}"
+            f"s3prl could not save: the disk of {run.folder} is full, or a quota is reached. Checkpoints saved before "
+            "are kept; make room and start the stage again, it goes on from the last whole one. Last lines of "
+            f"{log}:\n{tail}"
         )
     return RunFailed(
         f"{' '.join(command)} ended with code {code}. Finished work is kept; after the cause is removed, start the "
@@ -398,12 +403,18 @@ def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     if not zipfile.is_zipfile(path):
         return None
     import argparse
+    import pickle
 
     import torch
 
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointUnreadable(
+            f"{path}: holds objects other than tensors, plain values and s3prl's options ({error}); it was not loaded, "
+            "for loading such a file can run code. Is it a checkpoint of s3prl's runner?"
+        ) from error
     except (RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s: not a whole checkpoint (%s)", path, error)
         return None

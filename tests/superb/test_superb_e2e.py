@@ -256,7 +256,7 @@ def test_other_upstreams_go_through_the_same_cycle(upstream, name, others, corpu
 def test_recipe_runs_from_check_to_table_and_survives_a_full_disk(tmp_path):
     """run.sh --smoke; the first attempt meets a full disk while it saves, the second goes on."""
     environment = {**os.environ, "EXP": str(tmp_path / "exp"), "PYTHON": sys.executable}
-    command = [str(CONF.parent / "run.sh"), "IC", "fbank", "--smoke", "--device", "cpu"]
+    command = [str(CONF.parent / "run.sh"), "IC", "fbank", "--smoke", "--device", "cpu", "--set", "runner.max_keep=3"]
     expdir = tmp_path / "exp" / "fbank" / "IC" / "lr1e-04"
     expdir.mkdir(parents=True)
     full = Path("/dev/full").exists()

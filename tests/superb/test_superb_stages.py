@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from s3prl_speaker_upstreams.errors import ConfigError, MissingPackage
+from s3prl_speaker_upstreams.errors import CheckpointUnreadable, ConfigError, MissingPackage
 from s3prl_speaker_upstreams.superb import collect, corpora, stages
 from s3prl_speaker_upstreams.superb.errors import NoSpaceLeft, RunFailed, ScoringError, UnknownTask
 from s3prl_speaker_upstreams.superb.tasks import TASKS, Package
@@ -327,6 +327,14 @@ def test_a_run_that_another_process_holds_is_left_alone(make, monkeypatch):
         stages.run_stages(run)
 
 
+def test_a_checkpoint_that_could_run_code_is_not_loaded_nor_moved(tmp_path):
+    path = tmp_path / "states-2.ckpt"
+    torch.save({"Step": 2, "evil": Path("/etc")}, path)
+    with pytest.raises(CheckpointUnreadable, match="was not loaded"):
+        stages.checkpoints(tmp_path)
+    assert path.is_file()
+
+
 def test_evaluation_that_printed_no_score_is_an_error(make, monkeypatch):
     fake = FakeRunner(monkeypatch)
     run = make("KS")
@@ -353,12 +361,14 @@ def test_a_failing_command_shows_its_last_lines_and_a_full_disk_is_named(make, t
     run = _plain(make)
     (tmp_path / "boom.py").write_text("raise ValueError('the cause')\n")
     (tmp_path / "full.py").write_text("open('/dev/full', 'w').write('x' * 100000)\n")
+    (tmp_path / "full_save.py").write_text("import torch\ntorch.save({'a': torch.zeros(4000)}, '/dev/full')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunFailed, match="the cause"):
         stages._stock(run, [], tmp_path / "log", module="boom")
     if Path("/dev/full").exists():
-        with pytest.raises(NoSpaceLeft, match="goes on from the last whole one"):
-            stages._stock(run, [], tmp_path / "log", module="full")
+        for module in ("full", "full_save"):
+            with pytest.raises(NoSpaceLeft, match="goes on from the last whole one"):
+                stages._stock(run, [], tmp_path / "log", module=module)
     assert "ValueError" in (tmp_path / "log").read_text()
 
 

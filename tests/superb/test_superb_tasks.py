@@ -140,3 +140,14 @@ def test_superb_modules_start_without_torch_or_s3prl():
         "sys.exit(bool({'torch', 's3prl', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "module", ["audio", "voxceleb", "voices", "corpora", "tasks", "checks", "scoring", "reference"]
+)
+def test_examples_of_docstrings_run(module):
+    import doctest
+    import importlib
+
+    done = doctest.testmod(importlib.import_module(f"s3prl_speaker_upstreams.superb.{module}"))
+    assert done.attempted > 0 and done.failed == 0
