@@ -107,12 +107,13 @@ class Block(nn.Module):
 
     def forward(self, x: Ragged) -> Ragged:
         y = self.tdnn2(self._res2(Ragged(self.tdnn1(x.data), x.lengths)))
-        gains = self.se.gains(torch.cat([g.mean(1) for g in Ragged(y, x.lengths).grids()]))
-        scaled, first = [], 0
-        for grid in Ragged(y, x.lengths).grids():
-            scaled.append((grid * gains[first : first + len(grid), None]).flatten(0, 1))
+        grids = list(Ragged(y, x.lengths).grids())
+        gains = self.se.gains(_join([grid.mean(1) for grid in grids]))
+        out, first = [], 0
+        for before, grid in zip(x.grids(), grids, strict=True):
+            out.append(torch.addcmul(before, grid, gains[first : first + len(grid), None]).flatten(0, 1))
             first += len(grid)
-        return Ragged(x.data + torch.cat(scaled), x.lengths)
+        return Ragged(_join(out), x.lengths)
 
     def _res2(self, x: Ragged) -> Tensor:
         chunks = x.data.chunk(self.cfg.res2_scale, 1)
@@ -176,32 +177,72 @@ class Pooling(nn.Module):
         hidden = F.linear(x.data, self.conv1.weight[:, : self.cfg.mfa_channels, 0], self.conv1.bias)
         if self.cfg.attention_context:
             # The context is constant over an utterance: its part of the product is computed once for each.
-            context = torch.cat([self._context(grid) for grid in grids])
+            context = _join([self._context(grid) for grid in grids])
             context = F.linear(context.to(x.data.dtype), self.conv1.weight[:, self.cfg.mfa_channels :, 0])
             repeats = torch.tensor(x.lengths, device=context.device)
             hidden = hidden + context.repeat_interleave(repeats, 0, output_size=len(x.data))
         if self.cfg.attention_hidden == "relu_norm_tanh":
             hidden = self.norm(F.relu(hidden))
         scores = Ragged(_pointwise(torch.tanh(hidden), self.conv2), x.lengths)
-        return torch.cat([self._weighted(grid, score) for grid, score in zip(grids, scores.grids(), strict=True)])
+        return _join([self._weighted(grid, score) for grid, score in zip(grids, scores.grids(), strict=True)])
 
     def _context(self, x: Tensor) -> Tensor:
         """Mean and deviation over the frames of x : (utterances, frames, M)."""
-        cfg, x = self.cfg, x.float()
-        mean = x.mean(1)
-        total = (x - mean[:, None]).square().sum(1)
-        var = total / max(1, x.shape[1] - 1 if cfg.context_var_unbiased else x.shape[1])
+        cfg, frames = self.cfg, x.shape[1]
+        mean, var = _Statistics.apply(x, None)
+        if cfg.context_var_unbiased:
+            var = var * (frames / max(1, frames - 1))
         floor = cfg.context_var_floor
         var = var + floor if cfg.context_var_floor_mode == "add" else var.clamp(min=floor)
         return torch.cat([mean, var.sqrt()], 1)
 
     def _weighted(self, x: Tensor, scores: Tensor) -> Tensor:
         """Mean and deviation under softmax weights over the frames; both (utterances, frames, M)."""
-        x, weights = x.float(), scores.float().softmax(1)
-        mean = (weights * x).sum(1)
         # Also where the original takes moments (cfg.pool_var): the same number, without their cancellation.
-        var = (weights * (x - mean[:, None]).square()).sum(1)
+        mean, var = _Statistics.apply(x, scores)
         return torch.cat([mean, var.clamp(min=self.cfg.pool_var_floor).sqrt()], 1)
+
+
+class _Statistics(torch.autograd.Function):
+    """Mean and variance over the frames of x : (utterances, frames, M), equally weighted or by softmax of scores.
+
+    In float32 whatever comes in. The backward pass is written out because it is short: the weighted sum of the
+    deviations d from the mean is zero, so the variance has no gradient through the mean. Recorded operations would make
+    about twice the passes over memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if scores is None:
+                weights, mean = None, x.mean(1)
+                d = x - mean[:, None]
+                var = d.square().mean(1)
+            else:
+                weights = scores.float().softmax(1)
+                mean = (weights * x).sum(1)
+                d = x - mean[:, None]
+                var = (weights * d).mul_(d).sum(1)
+        ctx.save_for_backward(weights, d, var)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx, to_mean: Tensor, to_var: Tensor) -> tuple[Tensor, Tensor | None]:
+        weights, d, var = ctx.saved_tensors
+        to_mean, to_var, var = to_mean[:, None], to_var[:, None], var[:, None]
+        if weights is None:
+            return torch.addcmul(to_mean, d, 2 * to_var).div_(d.shape[1]).to(ctx.dtype), None
+        half = d * to_var
+        to_x = torch.add(to_mean, half, alpha=2).mul_(weights)
+        to_scores = half.add_(to_mean).mul_(d).sub_(to_var * var).mul_(weights)
+        return to_x.to(ctx.dtype), to_scores.to(ctx.dtype)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """As torch.cat, without the copy where there is only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Ecapa(nn.Module):

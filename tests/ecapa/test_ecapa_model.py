@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from s3prl_speaker_upstreams.ecapa import DIALECTS, Ecapa, EcapaConfig, Ragged
+from s3prl_speaker_upstreams.ecapa.model import _Statistics
 from s3prl_speaker_upstreams.errors import ConfigError
 
 pytestmark = pytest.mark.compat
@@ -148,6 +149,27 @@ def test_context_deviation_by_hand():
         # One frame: no deviation, whatever the divisor.
         floor = pool._context(x[:, :1])[0, 1]
         torch.testing.assert_close(floor, torch.tensor(DIALECTS[dialect].ecapa_config().context_var_floor ** 0.5))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_of_the_statistics(weighted):
+    """The written-out backward pass against recorded operations in double precision."""
+    torch.manual_seed(0)
+    x, scores = (torch.randn(2, 7, 3, requires_grad=True) for _ in range(2))
+    to_mean, to_var = torch.randn(2, 3), torch.randn(2, 3)
+    mean, var = _Statistics.apply(x, scores if weighted else None)
+    ((mean * to_mean).sum() + (var * to_var).sum()).backward()
+
+    y, s = (t.detach().double().requires_grad_() for t in (x, scores))
+    weights = s.softmax(1) if weighted else torch.full_like(s, 1 / 7)
+    expected_mean = (weights * y).sum(1)
+    expected_var = (weights * y.square()).sum(1) - expected_mean.square()
+    ((expected_mean * to_mean).sum() + (expected_var * to_var).sum()).backward()
+    torch.testing.assert_close(mean, expected_mean.float())
+    torch.testing.assert_close(var, expected_var.float())
+    torch.testing.assert_close(x.grad, y.grad.float())
+    if weighted:
+        torch.testing.assert_close(scores.grad, s.grad.float())
 
 
 def test_no_further_than_asked(build, speechlike):
