@@ -398,8 +398,6 @@ def _again(run: Run, expdir: Path) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path) -> dict[str, Any] | None:
     """What s3prl saved, or None if the file is not whole; only tensors, plain values and the Namespace are let in."""
-    if path.is_symlink() and not path.is_file():
-        return None
     if not zipfile.is_zipfile(path):
         return None
     import argparse
@@ -425,6 +423,8 @@ def checkpoints(expdir: Path) -> list[Checkpoint]:
     found = []
     names = [*expdir.glob("states-*.ckpt"), *expdir.glob("*best*.ckpt")]
     for path in sorted(names):
+        if not path.is_file():  # a folder, a device, a link to nowhere: nothing that s3prl saved
+            continue
         content = _read_checkpoint(path)
         if content is None:
             logger.warning(
