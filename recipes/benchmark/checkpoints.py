@@ -4,7 +4,7 @@
     python recipes/benchmark/checkpoints.py goldens ../shared/goldens
 
 Prints Markdown tables for RESULTS.md. `sizes` writes files of the released sizes (random weights, C = 1024) to a
-temporary folder (about 0.75 GB) and reads each in a fresh process, whose peak memory is what the kernel reports.
+temporary folder (about 0.75 GB) and reads each in a fresh process, whose peak memory is what Linux reports of it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from pathlib import Path
 import torch
 
 READ = """
-import resource, sys, time
+import sys, time
 import torch
 from s3prl_speaker_upstreams.checkpoints import load_encoder
 from s3prl_speaker_upstreams.ecapa import Ecapa
 torch.set_num_threads(1)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def kilobytes(what):  # VmHWM: the most memory held so far; VmRSS: held now
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what))
+
+before = kilobytes("VmRSS")
 start = time.perf_counter()
 if sys.argv[2] == "torch.load":
     held = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
 else:
     held = load_encoder(sys.argv[1], format=sys.argv[2] or None, frontend=sys.argv[3] or None)
 seconds = time.perf_counter() - start
-print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(seconds, (kilobytes("VmHWM") - before) * 1024 / 1e6)
 """
 
 
