@@ -137,7 +137,10 @@ class Frontend(nn.Module):
             spectrum = torch.fft.rfft(x)
             # |X|^2 summed by the filters: real and imaginary parts are squared side by side and share their filter.
             squares = torch.view_as_real(spectrum).flatten(1).square()
-            power = squares @ self.mel.repeat_interleave(2, 0)
+            mel = self.mel.repeat_interleave(2, 0)
+            # One product per utterance: its rounding depends on the number of rows, and dividing by the deviation of
+            # two nearly equal frames can blow that up a thousandfold.
+            power = torch.cat([x @ mel for x in squares.split(lengths)])
             power = power + cfg.log_floor if cfg.log_floor_mode == "add" else power.clamp(min=cfg.log_floor)
             x = power.log() if cfg.log == "ln" else 10 * power.log10()
         if cfg.top_db is not None:

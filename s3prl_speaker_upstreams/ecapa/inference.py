@@ -30,10 +30,15 @@ PACK = 1536
 """Frames that go through the network together on a CPU (longer utterances go alone)."""
 
 
+def _wide(x: Tensor) -> Tensor:
+    # Folding in double precision costs nothing and leaves one rounding; Apple's GPUs have no doubles.
+    return x if x.device.type == "mps" else x.double()
+
+
 def _scale_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """Batch normalisation in eval mode as x * scale + shift, in double precision."""
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    """Batch normalisation in eval mode as x * scale + shift."""
+    scale = _wide(norm.weight) / (_wide(norm.running_var) + norm.eps).sqrt()
+    return scale, _wide(norm.bias) - _wide(norm.running_mean) * scale
 
 
 def _sign(scale: Tensor) -> Tensor:
@@ -119,8 +124,8 @@ class _FoldedBlock:
             self.outside.append((-shift * sign).to(dtype))
             signs[chunk], shifts[chunk] = before_sign, before_shift = _sign(scale), behind
 
-        weight = block.tdnn2.conv.weight[:, :, 0].double()
-        bias = block.tdnn2.conv.bias.double() + weight @ torch.cat(shifts)
+        weight = _wide(block.tdnn2.conv.weight[:, :, 0])
+        bias = _wide(block.tdnn2.conv.bias) + weight @ torch.cat(shifts)
         self.tdnn2 = _Linear(weight * torch.cat(signs), bias, dtype)
         self.scale, self.shift = (x.float() for x in _scale_shift(block.tdnn2.norm))
         self.se = block.se
@@ -163,9 +168,9 @@ class _FoldedBlock:
 
 
 def _scaled(conv: nn.Conv1d, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias with every output multiplied, in double precision; weight (out, in) for a kernel of 1."""
-    weight = conv.weight.double() * scale[:, None, None]
-    return weight[:, :, 0] if weight.shape[2] == 1 else weight, conv.bias.double() * scale
+    """Weight and bias with every output multiplied; weight (out, in) for a kernel of 1."""
+    weight = _wide(conv.weight) * scale[:, None, None]
+    return weight[:, :, 0] if weight.shape[2] == 1 else weight, _wide(conv.bias) * scale
 
 
 class Plan:
@@ -178,12 +183,12 @@ class Plan:
     def __init__(self, model: Ecapa, dtype: torch.dtype) -> None:
         self.cfg, self.dtype = model.cfg, dtype
         conv = model.block_1.conv
-        weight = conv.weight.double().transpose(1, 2).flatten(1)
-        self.block_1 = _Linear(weight, conv.bias.double(), dtype)
+        weight = _wide(conv.weight).transpose(1, 2).flatten(1)
+        self.block_1 = _Linear(weight, _wide(conv.bias), dtype)
         self.block_1_norm = tuple(x.to(dtype) for x in _scale_shift(model.block_1.norm))
         self.blocks = [_FoldedBlock(b, dtype) for b in (model.block_2, model.block_3, model.block_4)]
         conv = model.mfa.conv
-        self.mfa_product = _Linear(conv.weight.double()[:, :, 0], conv.bias.double(), dtype)
+        self.mfa_product = _Linear(_wide(conv.weight)[:, :, 0], _wide(conv.bias), dtype)
         self.mfa_norm = tuple(x.float() for x in _scale_shift(model.mfa.norm)) if model.cfg.mfa_norm else None
 
     @torch.no_grad()

@@ -206,7 +206,7 @@ class Pooling(nn.Module):
 class _Statistics(torch.autograd.Function):
     """Mean and variance over the frames of x : (utterances, frames, M), equally weighted or by softmax of scores.
 
-    In float32 whatever comes in. The backward pass is written out because it is short: the weighted sum of the
+    In float32 at least. The backward pass is written out because it is short: the weighted sum of the
     deviations d from the mean is zero, so the variance has no gradient through the mean. Recorded operations would make
     about twice the passes over memory.
     """
@@ -215,13 +215,13 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.dtype = x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             if scores is None:
                 weights, mean = None, x.mean(1)
                 d = x - mean[:, None]
                 var = d.square().mean(1)
             else:
-                weights = scores.float().softmax(1)
+                weights = scores.to(x.dtype).softmax(1)
                 mean = (weights * x).sum(1)
                 d = x - mean[:, None]
                 var = (weights * d).mul_(d).sum(1)
@@ -316,8 +316,11 @@ class Ecapa(nn.Module):
         return {name: found[name] for name in outputs}
 
     def _differentiable(self, x: Tensor) -> bool:
-        """Whether to take the path that records gradients (also the one that torch.compile can see through)."""
-        if self.training or torch.compiler.is_compiling():
+        """Whether to take the path that records gradients.
+
+        It is also the one that torch.compile can see through, and that a model converted to another precision takes.
+        """
+        if self.training or torch.compiler.is_compiling() or self.block_1.conv.weight.dtype != torch.float32:
             return True
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from s3prl_speaker_upstreams.ecapa import DIALECTS
+from s3prl_speaker_upstreams.ecapa import DIALECTS, Ragged
 
 pytestmark = pytest.mark.compat
 
@@ -49,7 +49,7 @@ def test_alone_and_in_any_batch(dialect, gradients, build, speechlike):
                 assert_same(got, alone[place], len(wavs[place]))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lengths=st.lists(st.one_of(st.integers(1, 2000), st.integers(1, 24000)), min_size=2, max_size=5),
     dialect=st.sampled_from(sorted(DIALECTS)),
@@ -73,6 +73,23 @@ def test_both_ways_through_the_network_agree(dialect, stride, build, speechlike)
     with torch.no_grad():
         for got, expected in zip(results(encoder, wavs), differentiable, strict=True):
             assert_same(got, expected)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_both_ways_are_close_to_double_precision(dialect, build):
+    model = build(dialect).ecapa
+    features = Ragged(torch.randn(160, 80), [100, 1, 59])
+    names = ("hidden_states", "mfa", "pooled", "embedding")
+    with torch.no_grad():
+        fast = model(features, names)
+    recorded = model(features, names)
+    exact = model.double()(Ragged(features.data.double(), features.lengths), names)
+    assert exact["embedding"].dtype == torch.float64
+    for got in (fast, recorded):
+        for x, y in zip((*got["hidden_states"], got["mfa"]), (*exact["hidden_states"], exact["mfa"]), strict=True):
+            assert (x.data - y.data).abs().max() <= LIMIT * y.data.abs().max()
+        for name in ("pooled", "embedding"):
+            assert (got[name] - exact[name]).abs().max() <= LIMIT * exact[name].abs().max()
 
 
 def test_packs_do_not_show(build, speechlike, monkeypatch):

@@ -98,11 +98,11 @@ def test_centred_dialects_fold_the_reflection_back(samples, speechlike):
 def test_utterances_do_not_touch_each_other(speechlike):
     for dialect in DIALECTS:
         frontend = Frontend(DIALECTS[dialect].frontend)
-        wavs = [speechlike(n, seed=n) for n in (1, 700, 64000, 16000)]
+        wavs = [speechlike(n, seed=n) for n in (1, 291, 700, 64000, 16000)]
         together = frontend(wavs).split()
         for wav, features in zip(wavs, together, strict=True):
             alone = frontend([wav]).data
-            assert (features - alone).abs().max() <= 1e-5 * alone.abs().max().clamp(min=1e-30)
+            assert (features - alone).abs().max() <= 1e-6 * alone.abs().max().clamp(min=1e-30), (dialect, len(wav))
 
 
 def test_buffers_of_a_checkpoint_replace_the_computed_ones():
