@@ -173,3 +173,17 @@ def test_survives_hack_isinstance(monkeypatch, tmp_path):
     torch.save({"Args": argparse.Namespace(seed=1), "Config": {"runner": {}}}, tmp_path / "a.ckpt")
     assert torch_load.NamespaceLoader(torch.load)(tmp_path / "a.ckpt")["Args"].seed == 1
     assert torchaudio_io.load(path)[0].shape == (1, 3200)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_equals_catalysts_own_sampler(rank):
+    catalyst = pytest.importorskip(
+        "catalyst.data.sampler", reason="catalyst is not installed (pip install --no-deps catalyst)"
+    )
+    drawn = []
+    for kind in (catalyst.DistributedSamplerWrapper, samplers.DistributedSamplerWrapper):
+        torch.manual_seed(3)
+        sampler = kind(WeightedRandomSampler([1.0, 2.0, 3.0], num_samples=13), num_replicas=2, rank=rank)
+        sampler.set_epoch(2)
+        drawn.append([len(sampler), *sampler])
+    assert drawn[0] == drawn[1]

@@ -257,3 +257,17 @@ def test_report_says_where():
     assert all(
         place.startswith("s3prl/") and place.rpartition(":")[2].isdigit() for line in lines for place in line.used_by
     )
+
+
+def test_a_checkouts_own_corpora_are_used():
+    checkout = Path(os.environ.get("S3PRL_CHECKOUT") or Path(__file__).resolve().parents[3] / "peers" / "s3prl")
+    if not (checkout / "s3prl" / "downstream" / "ctc" / "corpus").is_dir():
+        pytest.skip(f"no checkout of s3prl: {checkout} does not exist (set S3PRL_CHECKOUT)")
+    code = """
+        from s3prl_speaker_upstreams import compat
+        compat.install()
+        from s3prl.downstream.ctc.corpus.snips import SnipsDataset
+        active = {entry.name: entry.active for entry in compat.report()}
+        print(SnipsDataset.__module__, active["s3prl.downstream.ctc.corpus"])
+    """
+    assert run(code, PYTHONPATH=str(checkout)) == "s3prl.downstream.ctc.corpus.snips False"
