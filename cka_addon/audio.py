@@ -33,6 +33,11 @@ def find_recordings(source: str | Path | Sequence, *, limit: int | None = None) 
     limit : keep only the first so many
     Raises AudioError where nothing is found, a listed file is missing or two recordings share an id.
     """
+    return [_probe(name, path) for name, path in list_paths(source)[:limit]]
+
+
+def list_paths(source: str | Path | Sequence) -> list[tuple[str, Path]]:
+    """(id, path) of the recordings of `find_recordings`, sorted by id, without opening them."""
     pairs: list[tuple[str, Path]]
     if isinstance(source, (str, Path)):
         path = Path(source).expanduser()
@@ -58,8 +63,7 @@ def find_recordings(source: str | Path | Sequence, *, limit: int | None = None) 
                 f"two recordings are called '{name}': {seen[name]} and {path}; give ids in a list file (id <tab> path)"
             )
         seen[name] = path
-    pairs = sorted(pairs)[:limit]
-    return [_probe(name, path) for name, path in pairs]
+    return sorted(pairs)
 
 
 def _read_list(path: Path) -> list[tuple[str, Path]]:
