@@ -140,9 +140,8 @@ LINE = (PACKAGE / "s3prl_speaker_upstreams.pth").read_text()
 def run_line(site: Path, code: str) -> subprocess.CompletedProcess:
     """Run the start-up line and then ``code`` with ``site`` as the only place where our package can be."""
     script = site / "with_line.py"
-    script.write_text(
-        f"import sys\nsys.path[:] = [p for p in sys.path if p != {str(PACKAGE.parent)!r}] + [{str(SITE)!r}]\n{LINE}\n{code}\n"
-    )
+    elsewhere = f"sys.path[:] = [p for p in sys.path if p != {str(PACKAGE.parent)!r}] + [{str(SITE)!r}]"
+    script.write_text(f"import sys\n{elsewhere}\n{LINE}\n{code}\n")
     return run("-S", str(script), PYTHONPATH=str(site))
 
 
