@@ -169,10 +169,10 @@ def _result(done: Any, what: str) -> tuple[np.ndarray, int]:
     """Samples (time, channels) of the floating-point WAV that sox wrote to a pipe, and their rate."""
     lines = done.stderr.decode(errors="replace").splitlines()
     message = "; ".join(line for line in lines if "can't seek to fix it" not in line)  # that one is about the pipe
-    if done.returncode != 0:
+    if done.returncode != 0 or "FAIL" in message:  # damaged flac ends with status 0 and half of the audio
         raise AudioUnreadable(f"{what}: sox cannot process it ({message}); fetch or convert the file again")
-    if "WARN" in message:
-        logger.warning("%s: %s", what, message)
+    if message:
+        logger.log(logging.WARNING if "EOF" in message else logging.DEBUG, "%s: %s", what, message)
     out, position, channels, rate = done.stdout, 12, 0, 0
     while position + 8 <= len(out):
         kind, size = out[position : position + 4], struct.unpack_from("<I", out, position + 4)[0]

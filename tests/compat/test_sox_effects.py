@@ -239,6 +239,35 @@ def test_file_names_are_names(tmp_path, monkeypatch):
         sox_effects.apply_effects_file("noise.wav", BASE)
 
 
+@pytest.mark.parametrize("with_program", [True, False])
+def test_damaged_flac_raises(recordings, tmp_path, with_program, monkeypatch):
+    if not with_program:
+        monkeypatch.setattr(sox_effects.shutil, "which", lambda name: None)
+    elif shutil.which("sox") is None:
+        pytest.skip("the sox program is not on the path (apt-get install sox)")
+    cut = tmp_path / "cut.flac"
+    with open(recordings[1], "rb") as whole:
+        cut.write_bytes(whole.read()[:9000])
+    with pytest.raises(AudioUnreadable, match=r"cut\.flac.*fetch"):
+        sox_effects.apply_effects_file(cut, BASE)
+
+
+@program
+def test_cut_wav_warns(recordings, tmp_path, caplog):
+    cut = tmp_path / "cut.wav"
+    with open(recordings[4], "rb") as whole:
+        cut.write_bytes(whole.read()[:9000])
+    wav, _ = sox_effects.apply_effects_file(cut, BASE)
+    assert 0 < wav.shape[1] < 4500 and "Premature EOF" in caplog.text
+
+
+@program
+def test_formats_that_sox_does_not_know_are_decoded_first(recordings, tmp_path):
+    expected, _ = sox_effects.apply_effects_file(recordings[0], BASE)
+    shutil.copy(recordings[0], tmp_path / "speech.unheardof")
+    assert torch.equal(sox_effects.apply_effects_file(tmp_path / "speech.unheardof", BASE)[0], expected)
+
+
 def test_child_processes_import_it_by_reference(recordings):
     """joblib's children get the function by name, without s3prl or any hook in them."""
     payload = pickle.dumps((sox_effects.apply_effects_file, recordings[0], BASE))
