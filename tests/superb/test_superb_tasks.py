@@ -151,3 +151,25 @@ def test_examples_of_docstrings_run(module):
 
     done = doctest.testmod(importlib.import_module(f"s3prl_speaker_upstreams.superb.{module}"))
     assert done.attempted > 0 and done.failed == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_extra_that_an_error_names_installs_what_the_task_needs(task):
+    import configparser
+    import re
+    from importlib import metadata
+
+    setup = RECIPE.parents[1] / "setup.cfg"
+    if not setup.is_file():
+        pytest.skip("not a source checkout")
+    config = configparser.ConfigParser()
+    config.read(setup)
+    extras, spec = config["options.extras_require"], TASKS[task]
+    for extra in (spec.extra, "superb"):
+        lines = (extras[extra] + config["options"]["install_requires"]).split()
+        try:
+            lines += [line for line in metadata.requires("s3prl") or [] if "extra ==" not in line]
+        except metadata.PackageNotFoundError:
+            pytest.skip("s3prl is not installed")
+        names = {re.split(r"[<>=!~;\[ ]", line, maxsplit=1)[0].lower().replace("_", "-") for line in lines}
+        assert {package.pip.lower() for package in spec.packages} <= names
