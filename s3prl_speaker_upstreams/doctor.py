@@ -138,12 +138,13 @@ def _examine_entries(found: Diagnosis) -> None:
         from s3prl import hub
     except Exception as error:  # whatever keeps s3prl from importing is the finding
         found.facts.append(("s3prl.hub", f"does not import: {type(error).__name__}: {error}"))
-        found.problems.append(
-            (
-                f"import s3prl.hub fails: {error}",
-                "install the tested packages of recipes/env/constraints-current.txt; if it fails with those, report it",
+        if _startup.switched_off():
+            remedy = f"unset {_startup.SWITCH}: these packages need the stand-ins that come with the hook"
+        else:
+            remedy = (
+                "install the tested packages of recipes/env/constraints-current.txt; if it fails with those, report it"
             )
-        )
+        found.problems.append((f"import s3prl.hub fails: {error}", remedy))
         return
     names = registration.registered(hub)
     found.facts.append(("entries in s3prl.hub", ", ".join(names) or "none"))
