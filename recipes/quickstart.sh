@@ -29,7 +29,7 @@ say() { printf '\n[quickstart] %s\n' "$*"; }
 case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 say "1/6 packages"
-[ -n "${SKIP_SETUP:-}" ] || VENV="$VENV" "$ROOT/recipes/env/setup.sh"
+[ -n "${SKIP_SETUP:-}" ] || VENV="$VENV" EXTRAS="${EXTRAS:-espeak,pretrain,cka}" "$ROOT/recipes/env/setup.sh"
 VENV="$(cd "$VENV" && pwd)"
 python="$VENV/bin/python"
 mkdir -p "$WORK"

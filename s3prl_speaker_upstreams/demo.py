@@ -211,7 +211,7 @@ def _summary(args: argparse.Namespace) -> int:
         name, _, expdir = experiment.partition("=")
         print(f"  {name:<28} test accuracy {100 * accuracy(expdir):5.1f} %")
     print(f"  {'(chance)':<28} {'':>13} {100 / speakers:5.1f} %")
-    print("FBANK is mean-normalised and this probe averages over time, so little is left of it (SUPERB, too, finds chance).")
+    print("FBANK is mean-normalised and this probe averages over time: little is left of it, in SUPERB's table too.")
     return 0
 
 

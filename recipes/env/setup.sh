@@ -5,7 +5,8 @@
 #   PYTHON   interpreter to make the environment from   (default: python3)
 #   VENV     where the environment goes                 (default: .venv beside the code; .venv-legacy for STACK=legacy)
 #   STACK    current | legacy                           (default: current)
-#   EXTRAS   extras of setup.cfg, comma separated       (default: superb,pretrain,cka,test)
+#   EXTRAS   extras of setup.cfg, comma separated       (default: superb,pretrain,cka,test; those there already stay)
+#            `superb` and the tasks se and ss compile one package and need a C compiler
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -29,12 +30,19 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PY
 
 # What was installed is remembered by a digest of everything that decides it, so the second run costs a blink.
-wanted="$({ cat "$CONSTRAINTS" "$ROOT/setup.cfg" "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/s3prl_speaker_upstreams/s3prl_speaker_upstreams.pth" "$ROOT/recipes/env/setup.sh"; echo "$ROOT $EXTRAS $("$PYTHON" --version)"; } | cksum)"
+wanted="$({ cat "$CONSTRAINTS" "$ROOT/setup.cfg" "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/s3prl_speaker_upstreams/s3prl_speaker_upstreams.pth" "$ROOT/recipes/env/setup.sh"; echo "$ROOT $("$PYTHON" --version)"; } | cksum)"
 stamp="$VENV/.s3prl_speaker_upstreams"
-if [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ]; then
+have="$(sed -n 2p "$stamp" 2> /dev/null || true)"
+missing=""
+for extra in ${EXTRAS//,/ }; do
+  case ",$have," in *",$extra,"*) ;; *) missing="$missing,$extra" ;; esac
+done
+if [ -x "$VENV/bin/python" ] && [ "$(sed -n 1p "$stamp" 2> /dev/null)" = "$wanted" ] && [ -z "$missing" ]; then
   say "$VENV is up to date ($STACK stack)"
   exit 0
 fi
+EXTRAS="${have:+$have}$missing"
+EXTRAS="${EXTRAS#,}"
 
 if [ ! -x "$VENV/bin/python" ]; then
   say "making $VENV with $("$PYTHON" --version)"
@@ -47,5 +55,5 @@ pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 # everything else of s3prl works as it is; the current stack gets a stand-in
 if [ "$STACK" = legacy ]; then pip install -q --no-deps -c "$CONSTRAINTS" catalyst; fi
 pip install -q -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
-mkdir -p "$VENV" && echo "$wanted" > "$stamp"
+printf '%s\n%s\n' "$wanted" "$EXTRAS" > "$stamp"
 say "done: $("$VENV/bin/python" -c 'import sys; print(sys.executable)')"
