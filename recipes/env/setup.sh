@@ -50,10 +50,12 @@ if [ ! -x "$VENV/bin/python" ]; then
 fi
 rm -f "$stamp"
 say "installing the $STACK stack, pinned by recipes/env/constraints-$STACK.txt (about 6 GB, minutes at first)"
+quiet=(-q)
+if [ -t 1 ]; then quiet=(--progress-bar on); fi # a person sees pip at work, a log file stays short
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 # s3prl uses one sampler of catalyst, whose own requirements clash with others': without them on the legacy stack, where
 # everything else of s3prl works as it is; the current stack gets a stand-in
-if [ "$STACK" = legacy ]; then pip install -q --no-deps -c "$CONSTRAINTS" catalyst; fi
-pip install -q -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
+if [ "$STACK" = legacy ]; then pip install "${quiet[@]}" --no-deps -c "$CONSTRAINTS" catalyst; fi
+pip install "${quiet[@]}" -c "$CONSTRAINTS" -e "$ROOT[$EXTRAS]"
 printf '%s\n%s\n' "$wanted" "$EXTRAS" > "$stamp"
 say "done: $("$VENV/bin/python" -c 'import sys; print(sys.executable)')"
