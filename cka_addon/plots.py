@@ -53,7 +53,7 @@ def _ticks(count: int, room: int = 26) -> np.ndarray:
     return np.arange(0, count, max(1, int(np.ceil(count / room))))
 
 
-def _label(axis, name: str, layers: Sequence[str]) -> None:
+def _label(axis, name: str, layers: Sequence[str], size: int | None = None) -> None:
     names = short_names(layers)
     ticks = _ticks(len(names))
     long = any(len(n) > 3 for n in names)
@@ -63,7 +63,7 @@ def _label(axis, name: str, layers: Sequence[str]) -> None:
         axis.set_ticks(ticks, [names[i] for i in ticks], rotation=45 if long else 0, ha="right" if long else "center")
     else:
         axis.set_ticks(ticks, [names[i] for i in ticks])
-    axis.axes.tick_params(axis=axis.axis_name, labelsize=9 if len(names) <= 16 else 7)
+    axis.axes.tick_params(axis=axis.axis_name, labelsize=size or (9 if len(names) <= 16 else 7))
     axis.set_label_text(text)
 
 
@@ -142,8 +142,8 @@ def plot_grid(result: CKAResult, models: Sequence[str] | None = None, *, ax=None
                 aspect="auto",
                 interpolation="nearest",
             )
-            _label(cell.xaxis, a, result.layers(a))
-            _label(cell.yaxis, b, result.layers(b))
+            _label(cell.xaxis, a, result.layers(a), 7 if n > 2 else None)
+            _label(cell.yaxis, b, result.layers(b), 7 if n > 2 else None)
             left = next((k for k in range(n) if result.mask[rows, result.rows(models[k])].all()), c)
             below = [m for m in models if result.mask[result.rows(m), columns].all()]
             if c != left:
