@@ -205,7 +205,7 @@ def write_report(
         "seed": options.get("seed"),
     }
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
-    blob = json.dumps(data, allow_nan=False).replace("</", "<\\/")
+    blob = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     shown = html.escape(json.dumps(details, indent=1, default=str))
     layer_weights = f"<h2>Layer weights of downstream tasks</h2>{_weights(weights)}" if weights else ""
     page = f"""<!DOCTYPE html>
