@@ -37,6 +37,8 @@ ESTIMATORS = {
 MIN_EXAMPLES = {False: 4, True: 2}
 # A layer whose spread is below this share of its common mean is constant as far as float32 can tell (eps = 1.2e-7).
 _CONSTANT = 1e-6
+# Any vector near the mean will do as shift, as the row sums are kept: the mean of so many rows saves a pass over all.
+_SHIFT_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -259,9 +261,19 @@ class BatchHsic:
                 f"got {n} examples; the {'biased' if self.biased else 'unbiased'} estimator needs at least "
                 f"{MIN_EXAMPLES[self.biased]}: use more audio or larger batches"
             )
-        names = names or [str(i) for i in range(len(layers))]
-        check_finite(layers, names)
-        if self.form_for(n) == "stream":
+        h = self._hsic(layers, order)
+        # Looked for afterwards: NaN or infinity in any feature reaches the sums, and a pass over the features is saved.
+        if not np.isfinite(h[self.pairs.mask()]).all():
+            names = names or [str(i) for i in range(len(layers))]
+            check_finite(layers, names)
+            raise NonFinite(
+                f"layers {', '.join(names)}: the features are finite, but their products do not fit "
+                f"{str(layers[0].dtype).removeprefix('torch.')}; scale them down, or use precision='float64'"
+            )
+        return h
+
+    def _hsic(self, layers: Sequence[Tensor], order: Tensor | None) -> np.ndarray:
+        if self.form_for(len(layers[0])) == "stream":
             moments = Moments(
                 self.dims, self.pairs, dtype=layers[0].dtype, device=layers[0].device, paired=order is None
             )
@@ -291,9 +303,10 @@ class GramKernel:
         trace = self._trace(layers, left, second, right)
         right = right or left
         if biased:
-            # With centred features the row sums of K vanish, so H K H = K and tr(KHLH) = tr(K~L~) + sum k_i l_i,
-            # but for the sum s that the rounded mean leaves, which is of the order of 1e-7 of the features.
-            return (trace + left.diagonal @ right.diagonal.T) / (n - 1) ** 2
+            # tr(K H L H) = tr(KL) - 2/n 1'KL1 + 1'K1 1'L1 / n^2, here with the diagonals.
+            k, l = left.rows + left.diagonal, right.rows + right.diagonal  # noqa: E741
+            trace = trace + left.diagonal @ right.diagonal.T
+            return (trace - 2.0 / n * (k @ l.T) + np.outer(k.sum(1), l.sum(1)) / n**2) / (n - 1) ** 2
         cross = left.rows @ right.rows.T
         return unbiased_from_terms(trace, left.rows.sum(1)[:, None], right.rows.sum(1)[None, :], cross, n)
 
@@ -345,7 +358,7 @@ class GramKernel:
             for index in range(worker, len(arrays), workers):
                 d = arrays[index].shape[1]
                 x = scratch[worker, : n * d].reshape(n, d)
-                np.subtract(arrays[index], arrays[index].mean(0), out=x)
+                np.subtract(arrays[index], arrays[index][:: max(1, n // _SHIFT_ROWS)].mean(0), out=x)
                 _blas.syrk_lower(x, grams[index])
                 # The diagonal is k_i: read before it is cleared.
                 diagonal = grams[index].reshape(-1)[:: n + 1]
@@ -365,7 +378,11 @@ class GramKernel:
     def _gram_tiles(self, x: Tensor, out: Tensor, stats: _RowStats, index: int, r0: int, r1: int) -> None:
         """The same with torch's general product, one tile of rows at a time (other devices, bands of large batches)."""
         tile = 128 if x.device.type == "cpu" else 2048
-        centred = torch.sub(x[:r1], x.mean(0), out=self._buffer(("centred", x.shape[1]), x.shape, x)[:r1])
+        centred = torch.sub(
+            x[:r1],
+            x[:: max(1, len(x) // _SHIFT_ROWS)].mean(0),
+            out=self._buffer(("centred", x.shape[1]), x.shape, x)[:r1],
+        )
         for t0 in range(r0, r1, tile):
             t1 = min(r1, t0 + tile)
             rows = out[t0 - r0 : t1 - r0]
@@ -393,8 +410,8 @@ class GramKernel:
 class _RowStats:
     """k_i and K~1 of every layer, (layers, n) float64: what a batch needs beside the Gram products.
 
-    The mean used as shift is rounded to the features' type; what the rounding leaves (the sum of the shifted rows) is
-    in `rows`, so nothing is lost.
+    The shift is near the mean, not the mean; what it leaves (the sum of the shifted rows) is in `rows`, so nothing is
+    lost.
     """
 
     def __init__(self, layers: int, n: int) -> None:
