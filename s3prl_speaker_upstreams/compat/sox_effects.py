@@ -2,8 +2,9 @@
 
 torchaudio 2.9 removed the module, and before that it needs a ``libsox.so`` that few machines have. Where the sox
 program is on the path it does the work, with the samples that torchaudio's libsox gave (dither off); else the same
-arithmetic is done here: sox's 32-bit integers for channels, gain and silence, and for rate soxr's high-quality
-resampler, which is sox's own. Any other effect or option raises.
+arithmetic is done here: sox's 32-bit integers for channels, gain and silence (bit-identical at 16 kHz), and for rate
+soxr's high-quality resampler, sox's own design with slightly other coefficients (recipes/benchmark/RESULTS.md has the
+measured differences). Any other effect or option raises.
 
 >>> import torch
 >>> wav, rate = apply_effects_tensor(torch.ones(2, 160) / 2, 16000, [["channels", "1"], ["gain", "-3.0"]])
