@@ -1,0 +1,53 @@
+"""The benchmark runs, and its contenders compute the same thing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[2] / "recipes" / "benchmark" / "ecapa.py"
+
+
+@pytest.fixture
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_ecapa", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_it_runs_and_writes_what_it_measured(benchmark, tmp_path, capsys):
+    small = ["--channels", "32", "--rounds", "1", "--batches", "1", "--cases", "short", "--threads", "1"]
+    result = benchmark.main([*small, "--no-speechbrain", "--out", str(tmp_path / "out")])
+    (case,) = result["cases"]
+    assert set(case["seconds"]) == {"ours", "ours bf16", "our front-end"}
+    assert all(0 < seconds < 60 for seconds in case["seconds"].values())
+    assert case["gflop"] > 0 and case["gflops"] > 0
+    assert json.loads((tmp_path / "out.json").read_text())["deviation"].keys() == result["deviation"].keys()
+    assert (tmp_path / "out.md").read_text() == capsys.readouterr().out
+
+
+def test_speechbrains_class_with_our_weights_gives_our_numbers(benchmark):
+    pytest.importorskip("speechbrain")
+    args = benchmark.parse(["--channels", "32"])
+    with torch.no_grad():
+        deviation = benchmark.deviations(benchmark.build(args, torch.device("cpu")), torch.device("cpu"))
+    assert deviation["SpeechBrain"] < 1e-5
+
+
+def test_work_is_counted_as_the_profiler_counts_it(benchmark):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = benchmark.DIALECTS["speechbrain"].ecapa_config(channels=32, mfa_channels=96)
+    model = benchmark.Ecapa(cfg).eval()
+    features = benchmark.Ragged(torch.randn(1000, 80), [1000])
+    with FlopCounterMode(display=False) as counter:
+        model(features, ("mfa",))
+    # Squeeze-excitation works once per utterance, the gaps add a little.
+    assert counter.get_total_flops() / 1e9 == pytest.approx(1000 * benchmark.gflop_per_frame(model), rel=0.02)
