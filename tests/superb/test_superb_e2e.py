@@ -190,7 +190,7 @@ def small_wavlm(path: Path) -> Path:
     config = {
         "extractor_mode": "default",
         "encoder_layers": 2,
-        "encoder_embed_dim": 32,
+        "encoder_embed_dim": 128,
         "encoder_ffn_embed_dim": 64,
         "encoder_attention_heads": 4,
         "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
@@ -218,7 +218,8 @@ def others(corpus, tmp_path_factory):
     from s3prl_speaker_upstreams.checkpoints import save_native, untrained
 
     folder = tmp_path_factory.mktemp("others")
-    small = {"channels": 32, "mfa_channels": 48, "se_channels": 8, "attention_channels": 8, "embedding_dim": 12}
+    # 128 channels, not fewer: ASR's and SF's SpecAug masks up to four bands of 50 features, and would mask them all
+    small = {"channels": 128, "mfa_channels": 48, "se_channels": 8, "attention_channels": 8, "embedding_dim": 12}
     checkpoints = {
         "ecapa_tdnn_local": save_native(untrained("speechbrain", **small), folder / "tdnn.safetensors"),
         "ecapa_dino_local": save_native(untrained("rdino", seed=1, **small), folder / "dino.safetensors"),
