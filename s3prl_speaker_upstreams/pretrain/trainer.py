@@ -389,8 +389,10 @@ class Trainer:
     def _log(self, values: dict[str, Any]) -> None:
         if not is_main():
             return
+        # JSON knows no infinity: a gradient norm is infinite where float16's loss scale was still too large
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with open(self.out / "metrics.jsonl", "a") as stream:
-            stream.write(json.dumps(values) + "\n")
+            stream.write(json.dumps(plain) + "\n")
         if self._writer is not None:
             for key, value in values.items():
                 if key != "step" and isinstance(value, (int, float)):
