@@ -67,6 +67,11 @@ def _label(axis, name: str, layers: Sequence[str], size: int | None = None) -> N
     axis.set_label_text(text)
 
 
+def _measure(result: CKAResult) -> str:
+    """What is drawn, with the estimator: it belongs on every picture."""
+    return f"linear CKA ({result.details['estimator'].split(' (')[0]})"
+
+
 def plot_heatmap(
     result: CKAResult,
     a: str | None = None,
@@ -100,7 +105,8 @@ def plot_heatmap(
         # As high as the picture, whatever its shape.
         beside = ax.inset_axes([1 + 0.25 / columns, 0, min(0.12, 0.45 / columns), 1])
         bar = figure.colorbar(image, cax=beside)
-        bar.set_label("linear CKA" if what == "values" else "linear CKA, examples permuted")
+        label = _measure(result).replace(" (", "\n(") + ("" if what == "values" else ",\nexamples permuted")
+        bar.set_label(label, fontsize=8 if rows < 6 else 9)
     return figure, ax
 
 
@@ -154,7 +160,7 @@ def plot_grid(result: CKAResult, models: Sequence[str] | None = None, *, ax=None
                 cell.set_xticklabels([])
     if image is None:
         raise SpecError("none of these pairs of models was computed; expected at least one: compute with --pairs all")
-    figure.colorbar(image, ax=ax.ravel().tolist(), fraction=0.03, pad=0.02).set_label("linear CKA")
+    figure.colorbar(image, ax=ax.ravel().tolist(), fraction=0.03, pad=0.02).set_label(_measure(result))
     return figure, ax
 
 
@@ -210,7 +216,7 @@ def _finish_lines(ax, result: CKAResult, models, title: str, x_label: str) -> No
     ax.set_xticks(ticks, [names[i] for i in ticks])
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel(x_label)
-    ax.set_ylabel("linear CKA")
+    ax.set_ylabel(_measure(result))
     ax.set_title(title, fontsize=11)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=9)

@@ -183,9 +183,8 @@ def peak_rate(device):
 
 def speed(args):
     torch.set_num_threads(args.threads)
-    print(
-        f"| {args.threads} thread(s), {args.device}, {args.clock} time | library | median ms | pytorch-cka / it | of the limit |"
-    )
+    where = f"{args.threads} thread(s), {args.device}, {args.clock} time"
+    print(f"| {where} | library | median ms | pytorch-cka / it | of the limit |")
     print("|---|---|---|---|---|")
     for name in WORKLOADS:
         if args.only and args.only not in name:
