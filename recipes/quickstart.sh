@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From a bare checkout to a result: s3prl's own run_downstream trains and tests speaker identification (SUPERB's SID)
-# on an ECAPA-TDNN's frozen hidden states and on FBANK, prints both accuracies, and draws the learned layer weights.
+# on an ECAPA-TDNN's frozen hidden states, on those of an untrained network and on FBANK; prints the accuracies, and
+# draws the learned layer weights and the similarity (CKA) of all layers.
 #
 #   PYTHON, VENV, STACK   see recipes/env/setup.sh
 #   SKIP_SETUP=1          use VENV as it is
@@ -49,12 +50,14 @@ if [ -z "$UPSTREAM" ]; then
     echo "ecapa_dino_small: small DINO-ECAPA-TDNN, trained on real unlabelled speech and shipped with the package"
   else
     UPSTREAM=ecapa_dino_local
-    CKPT="$WORK/untrained.safetensors"
+    CKPT="$WORK/untrained.safetensors" # made below
     echo "NO TRAINED WEIGHTS are at hand: the upstream is an explicitly UNTRAINED network with random weights."
     echo "Its accuracy says what the architecture does by itself, nothing about speaker models."
-    [ -f "$CKPT" ] || "$python" -m s3prl_speaker_upstreams -q init "$CKPT" --channels 256 --seed 0
   fi
 fi
+# Random features are not worthless, so the untrained network is always shown beside the trained one.
+UNTRAINED="$WORK/untrained.safetensors"
+[ -f "$UNTRAINED" ] || "$python" -m s3prl_speaker_upstreams -q init "$UNTRAINED" --channels 128 --seed 0
 if [ -n "$CKPT" ]; then CKPT="$(cd "$(dirname "$CKPT")" && pwd)/$(basename "$CKPT")"; fi
 
 # One probe through the stock runner: train, then evaluate from the last checkpoint.
@@ -77,16 +80,35 @@ probe() { # NAME UPSTREAM [CKPT]
 
 say "4/6 SID with -u $UPSTREAM, $STEPS steps on $DEVICE"
 label="$UPSTREAM"
-if [ -n "$CKPT" ]; then label="$UPSTREAM-$(basename "$CKPT" | tr -c 'A-Za-z0-9_.\n' _)"; fi
+if [ "$CKPT" = "$UNTRAINED" ]; then
+  label=untrained
+elif [ -n "$CKPT" ]; then
+  label="$UPSTREAM-$(basename "$CKPT" | tr -c 'A-Za-z0-9_.\n' _)"
+fi
 probe "$label" "$UPSTREAM" "$CKPT"
-say "5/6 SID with -u fbank, the same budget"
+say "5/6 SID with an untrained network and with -u fbank, the same budget"
+probe untrained ecapa_tdnn_local "$UNTRAINED"
 probe fbank fbank
 
 say "6/6 results"
-results="$WORK/results"
+results="$WORK/results/$(basename "$corpus")-$label-$STEPS"
 mkdir -p "$results"
 experiment="$WORK/exp/$(basename "$corpus")"
-"$VENV/bin/cka-addon" layer-weights "$experiment-$label-$STEPS/states-$STEPS.ckpt" --out "$results"
+others=()
+rows=("$label=$experiment-$label-$STEPS")
+models=(-m "$label=s3prl:$UPSTREAM${CKPT:+ ckpt='$CKPT'}")
+weights="SID=$experiment-$label-$STEPS/states-$STEPS.ckpt"
+audio=(-a "$corpus/test/wav" --limit 60 --device "$DEVICE")
+if [ "$label" != untrained ]; then
+  rows+=("untrained=$experiment-untrained-$STEPS")
+  others=(-m "untrained=s3prl:ecapa_tdnn_local ckpt='$UNTRAINED'")
+fi
+"$VENV/bin/cka-addon" layer-weights "$weights" "${models[@]}" -a "$corpus/test/wav" --limit 60 --out "$results"
+if [ ! -f "$results/cka.json" ]; then
+  "$VENV/bin/cka-addon" compute "${models[@]}" ${others[@]+"${others[@]}"} -m fbank "${audio[@]}" --mode full -o "$results/cka.json"
+fi
+"$VENV/bin/cka-addon" plot "$results/cka.json" -o "$results"
+"$VENV/bin/cka-addon" report "$results/cka.json" -o "$results/report.html" --weights "$weights" --title "Quickstart"
 "$python" -m s3prl_speaker_upstreams.demo summary --speakers "$corpus/vox1_meta.csv" \
-  "$label=$experiment-$label-$STEPS" "fbank=$experiment-fbank-$STEPS" | tee "$results/accuracy.txt"
-say "pictures and tables are in $results"
+  "${rows[@]}" "fbank=$experiment-fbank-$STEPS" | tee "$results/accuracy.txt"
+say "pictures and tables are in $results; open $results/report.html"

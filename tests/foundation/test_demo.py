@@ -154,10 +154,11 @@ def test_quickstart_from_speech_to_pictures(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "real speech from" in done.stdout
-    assert done.stdout.count("test accuracy") >= 2 and "(chance)" in done.stdout
-    results = tmp_path / "work" / "results"
+    assert done.stdout.count("test accuracy") >= 2 and "untrained" in done.stdout and "(chance)" in done.stdout
+    (results,) = (tmp_path / "work" / "results").iterdir()
     assert (results / "accuracy.txt").is_file() and (results / "layer_weights.csv").is_file()
     assert (results / "layer_weights.png").read_bytes().startswith(b"\x89PNG")
+    assert (results / "cka.json").is_file() and "block_4" in (results / "report.html").read_text()
     again = subprocess.run(
         [str(ROOT / "recipes" / "quickstart.sh")], capture_output=True, text=True, env=env, timeout=900
     )
