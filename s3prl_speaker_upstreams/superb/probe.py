@@ -7,6 +7,7 @@ and changes the interpreter; prints one line of JSON.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -28,12 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from s3prl import hub
     from s3prl.upstream.interfaces import Featurizer
 
-    known = sorted(name for name in dir(hub) if not name.startswith("_") and callable(getattr(hub, name)))
+    entries = {name: getattr(hub, name) for name in dir(hub) if not name.startswith("_")}
+    known = sorted(n for n, entry in entries.items() if callable(entry) and not inspect.isclass(entry))
     if args.upstream not in known:
         answer = {"error": "unknown", "known": known}
     else:
-        entry = getattr(hub, args.upstream)
-        model = entry(ckpt=args.ckpt, model_config=args.model_config, refresh=False).to(args.device).eval()
+        model = (
+            entries[args.upstream](ckpt=args.ckpt, model_config=args.model_config, refresh=False).to(args.device).eval()
+        )
         with torch.no_grad():
             features = model([torch.randn(16000, device=args.device)])
         chosen = features.get(args.feature, features.get("hidden_states"))
