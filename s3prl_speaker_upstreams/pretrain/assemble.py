@@ -35,6 +35,8 @@ def make_manifest(config: PretrainConfig) -> Any:
     cache = Path(data.manifest_cache) if data.manifest_cache else None
     parts = []
     for source in data.train:
+        if not Path(source).exists():
+            raise ConfigError(f"data.train: there is no folder or list of speech at {source}")
         part = build_manifest(
             source,
             layout=data.layout,

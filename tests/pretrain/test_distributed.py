@@ -92,9 +92,10 @@ def test_synchronise_norms_keeps_parameters_buffers_and_single_process_numbers()
 def speech_like(tmp_path_factory):
     folder = tmp_path_factory.mktemp("speech")
     rng = np.random.default_rng(0)
-    for number in range(32):
-        wav = np.convolve(rng.normal(0, 0.3, 20000), rng.normal(0, 1, 32) / 8, "same")
-        soundfile.write(folder / f"{number:02d}.wav", np.clip(wav, -1, 1), 16000)
+    for number in range(32):  # as different as speakers: where all are alike, BatchNorm blows rounding up to chaos
+        t, formants = np.arange(20000) / 16000, rng.uniform(200, 3500, 3)
+        wav = sum(np.sin(2 * np.pi * f * t) for f in formants) * (1 + np.sin(2 * np.pi * rng.uniform(2, 5) * t))
+        soundfile.write(folder / f"{number:02d}.wav", 0.1 * wav + rng.normal(0, 0.01, len(t)), 16000)
     return folder
 
 
@@ -122,7 +123,9 @@ def run_cli(arguments, processes=1, timeout=200):
 def test_torchrun_with_two_processes_gives_the_curve_of_one(speech_like, tmp_path, targets):
     """The same global batch of 8: losses within 1e-4 over 20 steps."""
     common = ["--preset", "smoke", "--data", speech_like, "--set", "run.threads=1", f"dino.targets={targets}"]
-    common += ["dino.head_norm=true", "dino.variance=1.0", "dino.covariance=0.1"]
+    common += ["dino.variance=0.1", "dino.covariance=0.1"]
+    # SGD as in the published recipe: AdamW divides by tiny second moments and multiplies rounding a hundredfold per step
+    common += ["optim.name=sgd", "optim.lr=0.005", "optim.min_lr=0.001"]
     run_cli([*common, "--out", tmp_path / "one"])
     run_cli([*common, "run.batch=4", "--out", tmp_path / "two"], processes=2)
     logs = [
