@@ -1,10 +1,10 @@
 """``torchaudio.sox_effects`` for the four effects of s3prl's recipes: ``channels``, ``rate``, ``gain``, ``silence``.
 
 torchaudio 2.9 removed the module, and before that it needs a ``libsox.so`` that few machines have. Where the sox
-program is on the path it does the work, with the samples that torchaudio's libsox gave (dither off); else the same
-arithmetic is done here: sox's 32-bit integers for channels, gain and silence (bit-identical at 16 kHz), and for rate
-soxr's high-quality resampler, sox's own design with slightly other coefficients (recipes/benchmark/RESULTS.md has the
-measured differences). Any other effect or option raises.
+program is on the path it does what needs resampling or mixing, with the samples that torchaudio's libsox gave (dither
+off). Everything else, and all where there is no program, is done here: in sox's 32-bit integers for channels, gain and
+silence (bit-identical at 16 kHz), and for rate by soxr's high-quality resampler, sox's own design with slightly other
+coefficients (recipes/benchmark/RESULTS.md has the measured differences). Any other effect or option raises.
 
 >>> import torch
 >>> wav, rate = apply_effects_tensor(torch.ones(2, 160) / 2, 16000, [["channels", "1"], ["gain", "-3.0"]])
@@ -70,7 +70,7 @@ def apply_effects_file(
     if not os.path.isfile(path):
         raise AudioUnreadable(f"{path}: no such file; check the corpus root in the configuration")
     program = shutil.which("sox")
-    if program:
+    if program and (format or not _equal_here(path, effects)):
         # an absolute path is never taken for an option or a command, and no-glob keeps [ and * in names literal
         source = ["--no-glob", *(["-t", format] if format else []), os.path.abspath(path)]
         done = _call(program, source, effects)
@@ -100,7 +100,7 @@ def apply_effects_tensor(
         )
     samples = _from_float((tensor.t() if channels_first else tensor).detach().cpu().numpy().astype(np.float64))
     program = shutil.which("sox")
-    if program and len(samples):
+    if program and len(samples) and not (samples.shape[1] == 1 and _keeps_rate(sample_rate, effects)):
         done = _call(program, ["-t", "wav", "-"], effects, _wav(samples, sample_rate))
         wav, rate = _result(done, "tensor")
     else:
@@ -189,6 +189,28 @@ def _result(done: Any, what: str) -> tuple[np.ndarray, int]:
 
 
 # ---------------------------------------------------------------------------------------------- without the program
+
+
+def _keeps_rate(rate: float, effects: Sequence[Sequence[str]]) -> bool:
+    return all(float(arguments[0]) == rate for name, *arguments in effects if name == "rate")
+
+
+def _equal_here(path: str | os.PathLike, effects: Sequence[Sequence[str]]) -> bool:
+    """Whether this module's own arithmetic gives the program's samples: a whole file of one channel, nothing to resample.
+
+    Starting a program for every one-second clip costs more than training on it; at 16 kHz, the corpora's own rate, the
+    samples are bit-identical (tests, and recipes/benchmark/RESULTS.md).
+    """
+    try:
+        with torchaudio_io._open(path) as file:
+            if file.channels != 1 or not _keeps_rate(file.samplerate, effects):
+                return False
+        with open(path, "rb") as file:
+            head = file.read(8)
+        # the program says when a WAV is shorter than its header promises, soundfile does not
+        return head[:4] != b"RIFF" or os.path.getsize(path) >= 8 + int.from_bytes(head[4:], "little")
+    except AudioUnreadable:  # not for soundfile; sox may know the format
+        return False
 
 
 def _read(path: str | os.PathLike) -> tuple[np.ndarray, int, int]:

@@ -278,3 +278,21 @@ def test_child_processes_import_it_by_reference(recordings):
     )
     done = subprocess.run([sys.executable, "-c", code], input=payload, capture_output=True, check=True)
     assert done.stdout.split() == [str(soundfile.info(recordings[0]).frames).encode(), b"False"]
+
+
+def test_program_is_not_started_for_what_is_equal_without_it(tmp_path, monkeypatch):
+    """KS passes 16 kHz clips by the ten thousand: a process for each would cost more than the training."""
+    started = []
+    monkeypatch.setattr(sox_effects.shutil, "which", lambda name: "/usr/bin/sox")
+    monkeypatch.setattr(sox_effects, "_call", lambda *a: started.append(a) or pytest.fail("the program was started"))
+    draw = np.random.default_rng(0)
+    soundfile.write(tmp_path / "mono.wav", draw.uniform(-0.5, 0.5, 1600), 16000)
+    chain = [["channels", "1"], ["rate", "16000"], ["gain", "-3.0"]]
+    wav, rate = sox_effects.apply_effects_file(tmp_path / "mono.wav", chain)
+    assert wav.shape == (1, 1600) and rate == 16000
+    sox_effects.apply_effects_tensor(wav, 16000, chain)
+    for name, samples, samplerate in (("stereo", (1600, 2), 16000), ("slow", (800,), 8000)):
+        soundfile.write(tmp_path / f"{name}.wav", draw.uniform(-0.5, 0.5, samples), samplerate)
+        with pytest.raises(pytest.fail.Exception):
+            sox_effects.apply_effects_file(tmp_path / f"{name}.wav", chain)
+    assert len(started) == 2
