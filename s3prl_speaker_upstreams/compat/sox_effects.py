@@ -196,7 +196,7 @@ def _keeps_rate(rate: float, effects: Sequence[Sequence[str]]) -> bool:
 
 
 def _equal_here(path: str | os.PathLike, effects: Sequence[Sequence[str]]) -> bool:
-    """Whether this module's own arithmetic gives the program's samples: a whole file of one channel, nothing to resample.
+    """Whether this module's own arithmetic gives the program's samples: a whole mono file, nothing to resample.
 
     Starting a program for every one-second clip costs more than training on it; at 16 kHz, the corpora's own rate, the
     samples are bit-identical (tests, and recipes/benchmark/RESULTS.md).
