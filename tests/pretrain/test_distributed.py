@@ -124,7 +124,7 @@ def test_torchrun_with_two_processes_gives_the_curve_of_one(speech_like, tmp_pat
     """The same global batch of 8: losses within 1e-4 over 20 steps."""
     common = ["--preset", "smoke", "--data", speech_like, "--set", "run.threads=1", f"dino.targets={targets}"]
     common += ["dino.variance=0.1", "dino.covariance=0.1"]
-    # SGD as in the published recipe: AdamW divides by tiny second moments and multiplies rounding a hundredfold per step
+    # SGD as in the published recipe: AdamW divides by tiny second moments and so multiplies rounding at every step
     common += ["optim.name=sgd", "optim.lr=0.005", "optim.min_lr=0.001"]
     run_cli([*common, "--out", tmp_path / "one"])
     run_cli([*common, "run.batch=4", "--out", tmp_path / "two"], processes=2)
