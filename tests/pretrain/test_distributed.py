@@ -119,13 +119,14 @@ def run_cli(arguments, processes=1, timeout=200):
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("targets", ["sinkhorn", "centring"])
-def test_torchrun_with_two_processes_gives_the_curve_of_one(speech_like, tmp_path, targets):
+@pytest.mark.parametrize(("targets", "lr", "min_lr"), [("sinkhorn", 0.005, 0.001), ("centring", 0.001, 0.0002)])
+def test_torchrun_with_two_processes_gives_the_curve_of_one(speech_like, tmp_path, targets, lr, min_lr):
     """The same global batch of 8: losses within 1e-4 over 20 steps."""
     common = ["--preset", "smoke", "--data", speech_like, "--set", "run.threads=1", f"dino.targets={targets}"]
     common += ["dino.variance=0.1", "dino.covariance=0.1"]
     # SGD as in the published recipe: AdamW divides by tiny second moments and so multiplies rounding at every step
-    common += ["optim.name=sgd", "optim.lr=0.005", "optim.min_lr=0.001"]
+    # (at 0.005 centring collapses on this toy corpus, and the way out of a collapse is chaotic: 3e-4 apart at step 19)
+    common += ["optim.name=sgd", f"optim.lr={lr}", f"optim.min_lr={min_lr}"]
     run_cli([*common, "--out", tmp_path / "one"])
     run_cli([*common, "run.batch=4", "--out", tmp_path / "two"], processes=2)
     logs = [
