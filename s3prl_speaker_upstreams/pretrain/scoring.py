@@ -397,13 +397,8 @@ def score_pairs(
 
 # ---------------------------------------------------------------------------------------------- transforms
 @dataclass(frozen=True)
-class Whitening:
-    """``(x - mean) @ matrix``: unit covariance over the speech it was fitted on.
-
-    >>> x = np.random.default_rng(0).normal(size=(1000, 2)) @ np.array([[3.0, 0.0], [1.0, 0.1]]) + 5
-    >>> np.cov(Whitening.fit(x, shrink=0.0)(x).T).round(6).tolist()
-    [[1.0, 0.0], [0.0, 1.0]]
-    """
+class _AffineMap:
+    """``(x - mean) @ matrix``, however the two were fitted."""
 
     mean: np.ndarray
     matrix: np.ndarray
@@ -411,6 +406,15 @@ class Whitening:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """(N, D) -> (N, D) float64."""
         return (np.asarray(x, dtype=np.float64) - self.mean) @ self.matrix
+
+
+class Whitening(_AffineMap):
+    """``(x - mean) @ matrix``: unit covariance over the speech it was fitted on.
+
+    >>> x = np.random.default_rng(0).normal(size=(1000, 2)) @ np.array([[3.0, 0.0], [1.0, 0.1]]) + 5
+    >>> np.cov(Whitening.fit(x, shrink=0.0)(x).T).round(6).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
 
     @classmethod
     def fit(cls, x: np.ndarray, shrink: float = 1e-3) -> Whitening:
@@ -423,8 +427,7 @@ class Whitening:
         return cls(x.mean(0), _inverse_root(np.cov(x.T, ddof=1), shrink))
 
 
-@dataclass(frozen=True)
-class WCCN:
+class WCCN(_AffineMap):
     """``(x - mean) @ matrix``: unit covariance *within* classes (Hatch et al., Interspeech 2006).
 
     Classes may be speakers, or, without labels, augmented crops of one utterance: then what augmentation changes is
@@ -438,13 +441,6 @@ class WCCN:
     >>> (within.T @ within / (1000 - 50)).round(6).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-
-    mean: np.ndarray
-    matrix: np.ndarray
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """(N, D) -> (N, D) float64."""
-        return (np.asarray(x, dtype=np.float64) - self.mean) @ self.matrix
 
     @classmethod
     def fit(cls, x: np.ndarray, groups: Sequence | np.ndarray, shrink: float = 1e-3) -> WCCN:
