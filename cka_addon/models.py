@@ -346,7 +346,7 @@ def _s3prl(spec: Spec, options: dict[str, str]) -> tuple[Callable, dict]:
     )
     entry = getattr(hub, spec.target, None)
     if entry is None or not callable(entry):
-        near = difflib.get_close_matches(spec.target, [n for n in dir(hub) if not n.startswith("_")], n=5, cutoff=0.5)
+        near = difflib.get_close_matches(spec.target, hub.options(), n=5, cutoff=0.5)
         raise SpecError(f"s3prl has no upstream '{spec.target}'; the nearest names are {', '.join(near) or 'none'}")
     provenance: dict[str, object] = {"upstream": spec.target}
     for key in ("ckpt", "model_config"):

@@ -11,7 +11,7 @@
 # weights (only with WEIGHTS: $EXP/layer_weights), report ($EXP/report.html). What is done is skipped; remove it to redo it.
 set -euo pipefail
 
-PYTHON=${PYTHON:-python}
+source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 STAGES=${STAGES:-"models compute plot weights report"}
 EXP=${EXP:-exp/cka}                 # where everything is kept

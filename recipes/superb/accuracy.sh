@@ -8,7 +8,7 @@
 # Chance: SID 16.7 %, KS 25 %. Frozen upstream, s3prl's own probe and runner; short training, learning rate chosen on dev.
 set -euo pipefail
 
-PYTHON=${PYTHON:-python}
+source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SPEECH=${SPEECH:-../shared/speech}
 EXP=${EXP:-exp/accuracy}

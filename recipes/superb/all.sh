@@ -10,7 +10,7 @@
 # A task that fails does not stop the others; the exit code then is 1 and its error stands in the output.
 set -euo pipefail
 
-PYTHON=${PYTHON:-python}
+source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TASKS=${TASKS:-"PR ASR KS QbE SID ASV SD IC SF ER SE SS"}
 CORPORA=${CORPORA:-}

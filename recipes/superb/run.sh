@@ -10,7 +10,7 @@
 # All options: python -m s3prl_speaker_upstreams.superb run --help
 set -euo pipefail
 
-PYTHON=${PYTHON:-python}
+source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 STAGES=${STAGES:-"check prepare train choose evaluate score collect"}
 EXP=${EXP:-exp/superb}            # where runs are kept
