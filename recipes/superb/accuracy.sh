@@ -8,7 +8,6 @@
 # Chance: SID 16.7 %, KS 25 %. Frozen upstream, s3prl's own probe and runner; short training, learning rate chosen on dev.
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SPEECH=${SPEECH:-../shared/speech}
 EXP=${EXP:-exp/accuracy}
@@ -16,9 +15,11 @@ UPDATES=${UPDATES:-300}
 RATES=${RATES:-1e-2,1e-3}
 LIMIT=${LIMIT:-150}               # keyword recordings of each word; digits are all used
 TASKS=${TASKS:-"SID KS"}
-export EXP PYTHON
+export EXP
 
 if [[ $# -lt 1 ]]; then sed -n '2,9p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' >&2; exit 2; fi
+source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
+export PYTHON
 upstream=$1
 shift
 

@@ -10,13 +10,12 @@
 # A task that fails does not stop the others; the exit code then is 1 and its error stands in the output.
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TASKS=${TASKS:-"PR ASR KS QbE SID ASV SD IC SF ER SE SS"}
 CORPORA=${CORPORA:-}
 ELEMENT=${ELEMENT:-}
 COUNT=${COUNT:-}
-export EXP=${EXP:-exp/superb} PYTHON
+export EXP=${EXP:-exp/superb}
 
 upstreams=()
 while [[ $# -gt 0 && $1 != -- ]]; do upstreams+=("$1"); shift; done
@@ -33,6 +32,8 @@ if [[ -n $ELEMENT && $ELEMENT -ge ${#elements[@]} ]]; then
   echo "all.sh: ELEMENT=$ELEMENT, but there are ${#elements[@]}: 0 to $((${#elements[@]} - 1))" >&2
   exit 2
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
+export PYTHON
 
 failed=()
 for index in "${!elements[@]}"; do

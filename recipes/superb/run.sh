@@ -10,7 +10,6 @@
 # All options: python -m s3prl_speaker_upstreams.superb run --help
 set -euo pipefail
 
-source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 STAGES=${STAGES:-"check prepare train choose evaluate score collect"}
 EXP=${EXP:-exp/superb}            # where runs are kept
@@ -23,6 +22,7 @@ if [[ $# -lt 2 ]]; then
 fi
 task=$1 upstream=$2
 shift 2
+source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 
 options=(--exp "$EXP" --conf "$RECIPE/conf")
 [[ -n $DATA ]] && options+=(--data "$DATA")
