@@ -1,4 +1,4 @@
-"""Small checkpoints that the foundation tests share."""
+"""Small checkpoints that the upstream tests share."""
 
 from __future__ import annotations
 
