@@ -11,10 +11,13 @@ True
 from __future__ import annotations
 
 __all__ = [
+    "BadAudio",
     "BadWaveform",
+    "Busy",
     "CheckpointMismatch",
     "CheckpointUnreadable",
     "ConfigError",
+    "DamagedAudio",
     "DownloadError",
     "MissingPackage",
     "SpeakerUpstreamError",
@@ -35,6 +38,18 @@ class CheckpointMismatch(SpeakerUpstreamError, ValueError):
 
 class BadWaveform(SpeakerUpstreamError, ValueError):
     """A waveform is empty, non-finite, of integer type, not one-dimensional, or the list of them is empty."""
+
+
+class BadAudio(BadWaveform, OSError):
+    """A recording is unusable: it cannot be opened or decoded, or its header claims an impossible rate."""
+
+
+class DamagedAudio(BadAudio):
+    """A recording is cut off, empty, or holds values that are not finite."""
+
+
+class Busy(SpeakerUpstreamError, OSError):
+    """Another process is at work on the same folder or file."""
 
 
 class ConfigError(SpeakerUpstreamError, ValueError):

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
+from s3prl_speaker_upstreams.data.datasets import BatchSampler, Loader, MultiCropDataset, measure_loader
+from s3prl_speaker_upstreams.data.manifest import build_manifest
 from s3prl_speaker_upstreams.ecapa import DIALECTS, SpeakerEncoder
-from s3prl_speaker_upstreams.pretrain.augment import AugmentConfig, Augmenter
-from s3prl_speaker_upstreams.pretrain.data import BatchSampler, Loader, MultiCropDataset, measure_loader
-from s3prl_speaker_upstreams.pretrain.manifest import build_manifest
-from s3prl_speaker_upstreams.pretrain.scoring import eer
+from s3prl_speaker_upstreams.verification.scoring import eer
 
 
 def median_us(work, repeats: int = 200) -> float:

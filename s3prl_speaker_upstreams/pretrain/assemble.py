@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.augment import AugmentConfig, Augmenter
 from ..ecapa import Frontend, SpeakerEncoder
 from ..errors import ConfigError
-from .augment import AugmentConfig, Augmenter
 from .config import PretrainConfig
 from .distributed import is_main, rank, world_size
 from .tasks import model_configs
@@ -27,7 +27,7 @@ SAMPLE_RATE = 16000
 
 def make_manifest(config: PretrainConfig) -> Any:
     """One manifest of all ``data.train`` folders and lists; several are put one behind the other."""
-    from .manifest import Manifest, build_manifest
+    from ..data.manifest import Manifest, build_manifest
 
     data = config.data
     if not data.train:
@@ -80,7 +80,7 @@ def _log_mels(config: PretrainConfig) -> Callable[[list[np.ndarray]], list[np.nd
 
 def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
     """(loader, batches an epoch, classes) for this process."""
-    from . import data as pipeline
+    from ..data import datasets as pipeline
 
     data, run = config.data, config.run
     augmenter = make_augmenter(data.augment)
@@ -144,7 +144,7 @@ def make_evaluation(config: PretrainConfig) -> Callable[[SpeakerEncoder], dict[s
     """Verification on ``eval.trials`` with cosine scores after mean subtraction, or None without a trial list."""
     if config.eval.trials is None:
         return None
-    from .evaluate import verification
+    from ..verification.evaluate import verification
 
     trials, root = config.eval.trials, config.eval.root or str(Path(config.eval.trials).parent)
 

@@ -6,8 +6,6 @@ the disk and renamed; a kill at any moment leaves the previous one. Reading uses
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -19,36 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.digests import file_sha256
+from ..common.files import write_text
 from ..errors import CheckpointUnreadable
 
-__all__ = ["CheckpointStore", "load_rng", "rng_state", "write_text"]
+__all__ = ["CheckpointStore", "load_rng", "rng_state"]
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^step_(\d{8})\.pt$")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file beside and rename it into place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def rng_state() -> dict[str, Any]:
@@ -116,8 +93,8 @@ class CheckpointStore:
                 torch.save(state, stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            digest = _sha256(temporary)
-            write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n")
+            digest = file_sha256(temporary)
+            write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n", durable=True)
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             temporary.unlink(missing_ok=True)
@@ -144,7 +121,9 @@ class CheckpointStore:
 
     def mark_best(self, step: int, value: float, name: str = "eer") -> None:
         """Remember the checkpoint of ``step`` as the best by ``name`` (smaller is better)."""
-        write_text(self.folder / "best.json", json.dumps({"step": step, name: value, "metric": name}) + "\n")
+        write_text(
+            self.folder / "best.json", json.dumps({"step": step, name: value, "metric": name}) + "\n", durable=True
+        )
 
     def best(self) -> tuple[Path, float] | None:
         """The best checkpoint and its value, or None if there is none."""
@@ -165,7 +144,7 @@ class CheckpointStore:
         if not path.is_file():
             raise CheckpointUnreadable(f"{path}: no such checkpoint")
         if record.is_file():
-            expected, got = record.read_text().split()[0], _sha256(path)
+            expected, got = record.read_text().split()[0], file_sha256(path)
             if got != expected:
                 raise CheckpointUnreadable(f"{path}: corrupt: SHA-256 {got[:12]}..., expected {expected[:12]}...")
         try:

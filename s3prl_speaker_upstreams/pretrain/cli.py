@@ -70,8 +70,8 @@ def _encoder(source: str, which: str, role: str | None) -> Any:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from ..verification.evaluate import verification
     from .assemble import embed_with
-    from .evaluate import verification
 
     encoder = _encoder(args.checkpoint, args.which, args.role)
     options: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     text = json.dumps({"checkpoint": str(args.checkpoint), "trials": str(args.trials), **result}, indent=2, default=str)
     if args.out:
-        from .checkpointing import write_text
+        from ..common.files import write_text
 
         write_text(args.out, text + "\n")
     sys.stdout.write(text + "\n")
@@ -107,8 +107,8 @@ def _calibration(source: str, batches: int, rows: int = 32, seconds: float = 3.0
     import numpy as np
     import torch
 
-    from .data import MultiCropDataset
-    from .manifest import build_manifest
+    from ..data.datasets import MultiCropDataset
+    from ..data.manifest import build_manifest
 
     manifest = build_manifest(source)
     dataset = MultiCropDataset(manifest, n_global=1, n_local=0, global_seconds=seconds)

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import yaml
 
+from ..common.config import apply_overrides, build, to_dict
+from ..data.augment import AugmentConfig
 from ..errors import ConfigError
-from .augment import AugmentConfig
-from .typed import apply_overrides, build, to_dict
 
 __all__ = [
     "PRESETS",

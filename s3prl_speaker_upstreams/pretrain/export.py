@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,9 +14,11 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoints import Checkpoint, read_checkpoint, save_native
+from ..common.files import write_text
+from ..common.provenance import git_revision
 from ..ecapa import SpeakerEncoder
 from ..errors import CheckpointMismatch, CheckpointUnreadable, ConfigError
-from .checkpointing import CheckpointStore, write_text
+from .checkpointing import CheckpointStore
 from .config import PretrainConfig
 from .norms import recalibrate_norms
 from .tasks import model_configs
@@ -28,7 +29,6 @@ __all__ = [
     "encoder_of",
     "export",
     "find_checkpoint",
-    "git_revision",
     "model_card",
 ]
 
@@ -82,20 +82,6 @@ def encoder_of(state: dict[str, Any], role: str | None = None) -> tuple[SpeakerE
     encoder = SpeakerEncoder(*model_configs(config.model))
     encoder.ecapa.load_state_dict(weights)
     return encoder.eval(), role
-
-
-def git_revision(folder: str | Path = Path(__file__).parent) -> str:
-    """Commit of the checkout that this package runs from, "+changes" if files differ from it; "unknown" without git."""
-    try:
-        where = ["git", "-C", str(folder)]
-        revision = subprocess.run([*where, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        status = subprocess.run(
-            [*where, "status", "--porcelain", "--untracked-files=no", "--", "."],
-            capture_output=True, text=True, timeout=30, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return revision.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 def _last_metrics(run: Path) -> dict[str, Any]:
@@ -168,7 +154,7 @@ def provenance_of(state: dict[str, Any], path: Path, norm_policy: str) -> dict[s
         "training_data": state["data"],
         "norm_statistics": norm_policy,
         "metrics": {k: v for k, v in metrics.items() if abs(v) != float("inf")},
-        "git_revision": git_revision(),
+        "git_revision": git_revision() or "unknown",
         "versions": state["versions"],
         "package": __version__,
         "exported": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..common.files import write_text
 from ..errors import CheckpointMismatch, ConfigError, SpeakerUpstreamError
-from .checkpointing import CheckpointStore, load_rng, rng_state, write_text
+from .checkpointing import CheckpointStore, load_rng, rng_state
 from .config import PretrainConfig, duration_steps
 from .dino import Collapse, CollapseMonitor, parameter_groups
 from .distributed import is_main, rank, synchronise_norms, world_size

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
+from s3prl_speaker_upstreams.common.config import parse_override
 from s3prl_speaker_upstreams.errors import ConfigError
 from s3prl_speaker_upstreams.pretrain import config as C
 from s3prl_speaker_upstreams.pretrain.tasks import model_configs
 from s3prl_speaker_upstreams.pretrain.trainer import learning_rate
-from s3prl_speaker_upstreams.pretrain.typed import parse_override
 
 
 @pytest.mark.parametrize("preset", sorted(C.PRESETS))

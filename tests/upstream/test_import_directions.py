@@ -12,6 +12,28 @@ OURS = "s3prl_speaker_upstreams"
 
 # part -> what it must not import, neither at its top nor inside a function
 FORBIDDEN = {
+    f"{OURS}/common": [
+        "s3prl",
+        *(
+            f"{OURS}.{part}"
+            for part in (
+                "ecapa",
+                "checkpoints",
+                "weights",
+                "data",
+                "pretrain",
+                "verification",
+                "superb",
+                "demo",
+                "compat",
+                "expert",
+                "hubconf",
+                "registration",
+            )  # fmt: skip
+        ),
+    ],
+    f"{OURS}/data": ["s3prl", *(f"{OURS}.{part}" for part in ("checkpoints", "weights", "pretrain", "verification"))],
+    f"{OURS}/verification": ["s3prl", f"{OURS}.pretrain", f"{OURS}.expert", f"{OURS}.superb"],
     f"{OURS}/ecapa": [
         "s3prl",
         f"{OURS}.checkpoints",

@@ -35,12 +35,13 @@ from pathlib import Path
 
 import numpy as np
 
+from s3prl_speaker_upstreams.common.audio import read_audio, resample
+from s3prl_speaker_upstreams.common.files import write_text
+from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
+from s3prl_speaker_upstreams.data.datasets import MultiCropDataset, random_for
+from s3prl_speaker_upstreams.data.manifest import Manifest, build_manifest
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain.audio import read_piece, read_wav, resample
-from s3prl_speaker_upstreams.pretrain.augment import AugmentConfig, Augmenter
-from s3prl_speaker_upstreams.pretrain.data import MultiCropDataset, random_for
-from s3prl_speaker_upstreams.pretrain.manifest import Manifest, _write_whole, build_manifest
-from s3prl_speaker_upstreams.pretrain.scoring import (
+from s3prl_speaker_upstreams.verification.scoring import (
     WCCN,
     Trials,
     Whitening,
@@ -131,7 +132,7 @@ def embed_files(
 
     rows, gathered, samples = [], [], 0
     for path in tqdm(paths, desc=progress, unit="file", disable=not progress, delay=2):
-        wav = read_wav(path, sample_rate)
+        wav = read_audio(path, sample_rate=sample_rate)[0]
         gathered.append(wav if max_seconds is None else wav[: int(max_seconds * sample_rate)])
         samples += len(gathered[-1])
         if samples >= batch_seconds * sample_rate:
@@ -245,7 +246,7 @@ def digits_test(
                         f"{folder}: speaker {speaker} has {have:.0f} s of clips, enough for {count} recordings of "
                         f"{seconds} s, expected {per_speaker}; lower per_speaker"
                     )
-                parts.append(read_piece(clips[index].path)[0])
+                parts.append(read_audio(clips[index].path, sample_rate=None)[0])
             wavs.append(resample(np.concatenate(parts)[:needed], rate, sample_rate))
             speakers.append(speaker)
     return DigitsTest(wavs, speakers, sample_rate, min(rate, sample_rate) / 2)
@@ -572,6 +573,6 @@ def write_rows(rows: Iterable[Mapping], path: str | os.PathLike, *, settings: Ma
         "versions": {"s3prl_speaker_upstreams": __version__, "numpy": np.__version__},
     }
     return [
-        _write_whole(base.with_name(base.name + ".csv"), text.getvalue()),
-        _write_whole(base.with_name(base.name + ".json"), json.dumps(record, indent=1) + "\n"),
+        write_text(base.with_name(base.name + ".csv"), text.getvalue()),
+        write_text(base.with_name(base.name + ".json"), json.dumps(record, indent=1) + "\n"),
     ]

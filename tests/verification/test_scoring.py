@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain import scoring
-from s3prl_speaker_upstreams.pretrain.scoring import (
+from s3prl_speaker_upstreams.verification import scoring
+from s3prl_speaker_upstreams.verification.scoring import (
     WCCN,
     Trials,
     Whitening,

@@ -29,7 +29,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
+from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.errors import ConfigError
 
 __all__ = ["AUDIO_SUFFIXES", "LAYOUTS", "Manifest", "NoSpeech", "ScanReport", "Utterance", "build_manifest"]
@@ -254,7 +254,7 @@ class Manifest(Sequence):
         writer.writerow(["id", "path", "samples", "sample_rate", "speaker"])
         for item in self:
             writer.writerow([item.id, item.path, item.samples, item.sample_rate, item.speaker or ""])
-        return _write_whole(Path(path), rows.getvalue())
+        return write_text(path, rows.getvalue())
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Manifest:
@@ -626,20 +626,6 @@ def _write_cache(key: str, cache: str | os.PathLike | bool | None, facts: dict[s
         if not fact.error:
             writer.writerow([path, *fact.row()])
     try:
-        _write_whole(_cache_path(key, cache), rows.getvalue())
+        write_text(_cache_path(key, cache), rows.getvalue())
     except OSError as problem:  # a read-only or full home must not stop a training
         log.warning("the manifest could not be cached: %s", _reason(problem))
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
-    return path

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain.manifest import _write_whole
 
 __all__ = [
     "Trials",
@@ -259,7 +259,7 @@ def read_trials(path: str | os.PathLike) -> Trials:
 def write_trials(trials: Trials, path: str | os.PathLike) -> Path:
     """Write ``label enrol test`` lines; the file appears whole or not at all."""
     rows = zip(trials.labels, trials.enrol, trials.test, strict=True)
-    return _write_whole(Path(path), "".join(f"{label} {first} {second}\n" for label, first, second in rows))
+    return write_text(path, "".join(f"{label} {first} {second}\n" for label, first, second in rows))
 
 
 def all_pairs(speakers: Sequence) -> tuple[np.ndarray, np.ndarray]:

@@ -30,9 +30,10 @@ from functools import lru_cache
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
 
+from s3prl_speaker_upstreams.common.audio import read_audio, resample
+from s3prl_speaker_upstreams.data.bytecache import ByteCache
+from s3prl_speaker_upstreams.data.manifest import Manifest, NoSpeech, build_manifest
 from s3prl_speaker_upstreams.errors import BadWaveform, ConfigError
-from s3prl_speaker_upstreams.pretrain.audio import ByteCache, read_piece, resample
-from s3prl_speaker_upstreams.pretrain.manifest import Manifest, NoSpeech, build_manifest
 
 __all__ = ["AugmentConfig", "Augmenter", "NoiseBank", "RirBank", "channel_response"]
 
@@ -365,7 +366,7 @@ class RirBank:
 
     def impulse_response(self, index: int) -> tuple[np.ndarray, int]:
         """Response number ``index`` at unit energy, and where in it the direct path is: (samples,) float32, int."""
-        wav, rate = read_piece(self.files[index].path)
+        wav, rate = read_audio(self.files[index].path, sample_rate=None)
         wav = resample(wav, rate, self.sample_rate)
         peak = int(np.abs(wav).argmax())
         first = max(0, peak - int(_LEAD_SECONDS * self.sample_rate))
@@ -461,12 +462,12 @@ class NoiseBank:
         needed = samples if same else int(np.ceil(samples * item.sample_rate / self.sample_rate)) + 1
         if self._decoded is None and item.samples > needed:
             start = int(place * (item.samples - needed + 1))
-            wav, rate = read_piece(item.path, start, needed)
+            wav, rate = read_audio(item.path, start, needed, sample_rate=None)
             wav = resample(wav, rate, self.sample_rate)
             return wav[:samples] if len(wav) >= samples else np.resize(wav, samples)
         wav = None if self._decoded is None else self._decoded.get(index)
         if wav is None:
-            wav, rate = read_piece(item.path)
+            wav, rate = read_audio(item.path, sample_rate=None)
             wav = resample(wav, rate, self.sample_rate)
             if self._decoded is not None:
                 self._decoded.put(index, wav)

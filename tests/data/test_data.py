@@ -12,10 +12,9 @@ import pytest
 import soundfile
 import torch
 
-from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain import data as module
-from s3prl_speaker_upstreams.pretrain.augment import AugmentConfig, Augmenter
-from s3prl_speaker_upstreams.pretrain.data import (
+from s3prl_speaker_upstreams.data import datasets as module
+from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
+from s3prl_speaker_upstreams.data.datasets import (
     BatchSampler,
     CachedFeatureDataset,
     DataError,
@@ -25,7 +24,8 @@ from s3prl_speaker_upstreams.pretrain.data import (
     measure_loader,
     random_for,
 )
-from s3prl_speaker_upstreams.pretrain.manifest import Manifest, build_manifest
+from s3prl_speaker_upstreams.data.manifest import Manifest, build_manifest
+from s3prl_speaker_upstreams.errors import ConfigError
 
 RATE = 16000
 
@@ -86,8 +86,8 @@ def test_short_utterance_goes_round(tmp_path):
 def test_only_the_needed_piece_of_a_long_file_is_read(tmp_path, monkeypatch):
     write(tmp_path / "long.wav", np.random.default_rng(0).normal(0, 0.1, 120 * RATE))
     read = []
-    original = module.read_piece
-    monkeypatch.setattr(module, "read_piece", lambda *a: (read.append(a), original(*a))[1])
+    original = module.read_audio
+    monkeypatch.setattr(module, "read_audio", lambda *a, **k: (read.append(a), original(*a, **k))[1])
     dataset = small(build_manifest(tmp_path, cache=False, progress=False))
     for epoch in range(5):
         dataset[(epoch, 0)]
@@ -375,8 +375,9 @@ def test_random_numbers_are_the_same_everywhere():
 
 
 def test_neither_torch_nor_s3prl_is_needed_to_import():
-    modules = ("manifest", "audio", "augment", "data", "scoring", "evaluate", "plots")
-    names = ", ".join(f"s3prl_speaker_upstreams.pretrain.{name}" for name in modules)
+    modules = ("data.manifest", "data.augment", "data.datasets", "verification.scoring", "verification.evaluate")
+    modules += ("verification.plots", "common.audio", "common.config", "common.digests", "common.files")
+    names = ", ".join(f"s3prl_speaker_upstreams.{name}" for name in modules)
     heavy = "('torch', 's3prl', 'sklearn', 'matplotlib')"
     code = f"import sys, {names}; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

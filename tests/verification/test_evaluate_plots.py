@@ -10,7 +10,7 @@ import pytest
 from scipy.special import ndtri
 
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain.plots import (
+from s3prl_speaker_upstreams.verification.plots import (
     plot_det,
     plot_embeddings,
     plot_scores,

@@ -17,8 +17,8 @@ s3prl_speaker_upstreams.errors.ConfigError: unknown key 'learning_rate'; expecte
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,17 +26,16 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..errors import ConfigError
+from s3prl_speaker_upstreams.common.hints import did_you_mean, nearest
+from s3prl_speaker_upstreams.errors import ConfigError
 
-__all__ = ["apply_overrides", "build", "parse_override", "to_dict"]
+__all__ = ["add_arguments", "apply_overrides", "build", "option", "parse_override", "to_dict", "values_of"]
 
 T = TypeVar("T")
 
 
 def _unknown(key: str, path: str, known: Sequence[str]) -> ConfigError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{path}{near[0]}'?" if near else f"expected one of: {', '.join(known)}"
-    return ConfigError(f"unknown key '{path}{key}'; {hint}")
+    return ConfigError(f"unknown key '{path}{key}'; {did_you_mean(key, known, prefix=path)}")
 
 
 def _wrong(path: str, value: Any, expected: str) -> ConfigError:
@@ -67,7 +66,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+        near = nearest(value, args)
         raise _wrong(
             path, value, f"one of {', '.join(map(repr, args))}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
@@ -172,3 +171,93 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             node = inner
         node[keys[-1]] = value
     return result
+
+
+# ------------------------------------------------------------------------------------------------ command lines
+def option(
+    default: Any = dataclasses.MISSING, *, help: str, flag: str | None = None, metavar: str | None = None
+) -> Any:
+    """A dataclass field that :func:`add_arguments` also makes a command-line option of.
+
+    Parameters
+    ----------
+    default : the field's default; a list or dict is copied for every instance
+    help : what the option does; its default and choices are added by themselves
+    flag : default ``--name`` with dashes for underscores
+    metavar : the placeholder in the help text
+    """
+    metadata = {"help": help, "flag": flag, "metavar": metavar}
+    if isinstance(default, (list, dict)):
+        kept = default
+        return dataclasses.field(default_factory=lambda: type(kept)(kept), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _plain_kind(kind: Any) -> Any:
+    """``kind`` without ``| None``."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        inner = [a for a in typing.get_args(kind) if a is not type(None)]
+        return inner[0] if len(inner) == 1 else Any
+    return kind
+
+
+def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: type) -> None:
+    """Give ``parser`` an option for every field of the dataclass ``cls`` that was made by :func:`option`.
+
+    Types, choices, defaults and help come from the dataclass, so that they are said once. :func:`values_of` reads the
+    result back.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Options:
+    ...     mode: str = option("full", help="which estimator")
+    ...     batch_size: int = option(256, help="frames at once")
+    >>> parser = argparse.ArgumentParser()
+    >>> add_arguments(parser, Options)
+    >>> build(Options, values_of(parser.parse_args(["--batch-size", "8"]), Options))
+    Options(mode='full', batch_size=8)
+    """
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if "help" not in field.metadata:
+            continue
+        kind = _plain_kind(hints[field.name])
+        default = field.default_factory() if field.default is dataclasses.MISSING and callable(
+            field.default_factory
+        ) else field.default  # fmt: skip
+        required = default is dataclasses.MISSING
+        words = field.metadata["help"]
+        if not required and default not in (None, "", False, [], (), {}):
+            words += f" (default: {' '.join(map(str, default)) if isinstance(default, (list, tuple)) else default})"
+        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": words.replace("%", "%%")}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction if default is True else "store_true"
+        else:
+            settings["required"] = required
+            if typing.get_origin(kind) is typing.Literal:
+                settings["choices"] = typing.get_args(kind)
+            elif field.metadata["metavar"] or typing.get_origin(kind) not in (list, tuple, Sequence):
+                settings["metavar"] = field.metadata["metavar"] or {int: "N", float: "X"}.get(kind, field.name.upper())
+            if typing.get_origin(kind) in (list, tuple, Sequence):
+                settings["nargs"] = "+"
+        parser.add_argument(field.metadata["flag"] or f"--{field.name.replace('_', '-')}", **settings)
+
+
+def values_of(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of ``cls`` that the command line gave, ready for :func:`build` (text for numbers is fine)."""
+    given, hints = vars(args), typing.get_type_hints(cls)
+    return {f.name: _read(hints[f.name], given[f.name]) for f in dataclasses.fields(cls) if f.name in given}
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """Words of a command line as numbers where the field holds numbers; :func:`build` refuses what is none."""
+    kind = _plain_kind(kind)
+    if isinstance(value, list):
+        inner = (*typing.get_args(kind), Any)[0]
+        return [_read(inner, item) for item in value]
+    if kind not in (int, float) or not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from s3prl_speaker_upstreams.common.files import write_text, write_whole
 from s3prl_speaker_upstreams.errors import ConfigError, MissingPackage
-from s3prl_speaker_upstreams.pretrain.manifest import _write_whole
-from s3prl_speaker_upstreams.pretrain.scoring import det_curve, eer, eer_threshold
+from s3prl_speaker_upstreams.verification.scoring import det_curve, eer, eer_threshold
 
 __all__ = ["plot_det", "plot_embeddings", "plot_scores", "plot_training", "project", "read_log", "save_plot"]
 
@@ -288,22 +287,12 @@ def save_plot(figure, path: str | os.PathLike, rows: Iterable[Mapping] | None = 
     import csv
     import io
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    try:
-        figure.savefig(beside, dpi=dpi)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    path = write_whole(path, lambda beside: figure.savefig(beside, dpi=dpi))
     if rows is not None:
         rows = [dict(row) for row in rows]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        _write_whole(path.with_suffix(".csv"), text.getvalue())
+        write_text(path.with_suffix(".csv"), text.getvalue())
     return path

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from s3prl_speaker_upstreams.data import manifest as module
+from s3prl_speaker_upstreams.data.manifest import Manifest, NoSpeech, build_manifest
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain import manifest as module
-from s3prl_speaker_upstreams.pretrain.manifest import Manifest, NoSpeech, build_manifest
 
 
 def write(path: Path, seconds: float = 1.5, rate: int = 16000, level: float = 0.1) -> Path:

@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from scipy.signal import fftconvolve
 
+from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter, NoiseBank, RirBank, channel_response
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain.augment import AugmentConfig, Augmenter, NoiseBank, RirBank, channel_response
 
 RATE = 16000
 

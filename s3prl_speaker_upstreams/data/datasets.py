@@ -13,7 +13,7 @@ An utterance that turns out unreadable, cut off or silent is counted, logged onc
 
 >>> import soundfile, tempfile
 >>> from pathlib import Path
->>> from s3prl_speaker_upstreams.pretrain.manifest import build_manifest
+>>> from s3prl_speaker_upstreams.data.manifest import build_manifest
 >>> folder = Path(tempfile.mkdtemp())
 >>> for name in "abcd":
 ...     soundfile.write(folder / f"{name}.wav", np.random.default_rng(ord(name)).normal(0, 0.1, 64000), 16000)
@@ -39,10 +39,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from s3prl_speaker_upstreams.errors import BadWaveform, ConfigError, SpeakerUpstreamError
-from s3prl_speaker_upstreams.pretrain.audio import read_piece, resample
-from s3prl_speaker_upstreams.pretrain.augment import Augmenter
-from s3prl_speaker_upstreams.pretrain.manifest import Manifest, Utterance
+from s3prl_speaker_upstreams.common.audio import read_audio, resample
+from s3prl_speaker_upstreams.data.augment import Augmenter
+from s3prl_speaker_upstreams.data.manifest import Manifest, Utterance
+from s3prl_speaker_upstreams.errors import BadAudio, BadWaveform, ConfigError, DamagedAudio, SpeakerUpstreamError
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,11 @@ class _Source:
         last = available if high == total else min(available, first + margin + int(np.ceil((high - low) * rate)) + 256)
         if rate == 1:
             last = min(high, available)
-        wav = read_piece(item.path, first, last - first)[0] if whole is None else _float(whole[first:last])
+        wav = (
+            read_audio(item.path, first, last - first, sample_rate=None)[0]
+            if whole is None
+            else _float(whole[first:last])
+        )
         return _fit(resample(wav, own_rate * speed, self.sample_rate)[int(round(margin / rate)) :], high - low)
 
     def whole(self, index: int) -> np.ndarray:
@@ -180,7 +184,7 @@ class _Source:
         whole = self.decoded.get(index)
         if whole is None:
             item = self.manifest[index]
-            wav = resample(read_piece(item.path, 0, item.samples)[0], item.sample_rate, self.sample_rate)
+            wav = read_audio(item.path, 0, item.samples, sample_rate=self.sample_rate)[0]
             whole = np.clip(np.rint(wav * 32768), -32768, 32767).astype(np.int16)
             self.decoded[index] = whole
         return whole
@@ -199,6 +203,8 @@ class _Source:
                 return work(candidate, tag), candidate, tuple(faults)
             except _Silent as problem:
                 kind, why = "silent", str(problem)
+            except BadAudio as problem:
+                kind, why = "damaged" if isinstance(problem, DamagedAudio) else "unreadable", str(problem)
             except BadWaveform as problem:
                 kind, why = "damaged", str(problem)
             except OSError as problem:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from s3prl_speaker_upstreams.data.manifest import Manifest, build_manifest
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain.evaluate import (
+from s3prl_speaker_upstreams.verification.evaluate import (
     digits_test,
     embed_all,
     embed_files,
@@ -21,8 +22,7 @@ from s3prl_speaker_upstreams.pretrain.evaluate import (
     verification,
     write_rows,
 )
-from s3prl_speaker_upstreams.pretrain.manifest import Manifest, build_manifest
-from s3prl_speaker_upstreams.pretrain.scoring import Trials
+from s3prl_speaker_upstreams.verification.scoring import Trials
 
 RATE = 8000
 TONES = {"ann": 500.0, "bob": 900.0, "cas": 1400.0, "dan": 2000.0}

@@ -1,0 +1,1 @@
+"""Speaker verification of any encoder: trials, scores, EER and minDCF with intervals, and their pictures."""
