@@ -7,22 +7,18 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from cka_addon.config import add_arguments, from_args
+from cka_addon.options import DumpOptions, Inputs, Options
+from cka_addon.spec import SPEC_HELP
 
 logger = logging.getLogger("cka_addon")
 
-_MODEL_HELP = """\
-models:
-  A model is one quoted argument: "[NAME=]KIND:TARGET [option=value ...]"
-    s3prl:NAME        an upstream of s3prl's hub; ckpt=FILE and model_config=FILE are handed on
-    hf:PATH_OR_NAME   a model of the transformers library (WavLM, HuBERT, Wav2Vec2, ...)
-    py:MODULE:NAME    a callable wavs -> {"hidden_states": [...]}; with options it is called with them first
-  Without KIND it is an s3prl upstream. Options of every kind:
-    keys=hidden_states,embedding    what to take of the model's output (default hidden_states)
-    layers=0-4,8,-1                 which layers to keep, by position or name (default all)
-    shift=0.02 first_center=0.0125  the model's clock in seconds, where it should not be measured
-"""
+_RUNNING = ("model", "audio", "limit", "skip_unreadable", "device", "shard")
+_MODEL_HELP = "models:\n" + textwrap.indent(SPEC_HELP, "  ")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,60 +44,14 @@ first steps:
         p.add_argument("-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return p
 
-    def inputs(p: argparse.ArgumentParser, needed: bool) -> None:
-        p.add_argument(
-            "-m",
-            "--model",
-            action="append",
-            default=[],
-            metavar="MODEL",
-            required=needed,
-            help="a model, see below; repeat for more, all are run in one pass over the audio",
-        )
-        p.add_argument(
-            "-a",
-            "--audio",
-            required=needed,
-            metavar="PATH",
-            help="folder of recordings, or a text file with one path (or id<TAB>path) per line",
-        )
-        p.add_argument("--limit", type=int, metavar="N", help="use only the first N recordings (sorted by id)")
-        p.add_argument(
-            "--skip-unreadable",
-            action="store_true",
-            help="leave out recordings that cannot be read or give NaN, and count them",
-        )
-        p.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-        p.add_argument("--shard", metavar="I/N", help="do the I-th of N parts (array jobs); join them with merge")
-        p.add_argument("--seed", type=int, default=0, help="seed of every random choice (default 0)")
-
     p = add(
         "dump",
         "Write the layers of models for a list of recordings to a feature store; resumes if stopped.",
         _MODEL_HELP + "\nexample:\n  cka-addon dump -m fbank -m wavlm_base_plus -a wavs/ -o store/ --dtype float16\n",
     )
-    inputs(p, True)
+    add_arguments(p, Inputs, only=_RUNNING, required=("model", "audio"))
     p.add_argument("-o", "--out", required=True, metavar="STORE", help="folder of the store")
-    p.add_argument(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="float16 halves the size and keeps 3 digits; values beyond 65504 are refused (default float32)",
-    )
-    p.add_argument(
-        "--keep",
-        choices=("frames", "sampled", "means"),
-        default="frames",
-        help="all frames, --frames random ones per utterance, or the mean of each utterance (default frames)",
-    )
-    p.add_argument("--frames", type=int, default=50, metavar="N", help="frames per utterance with --keep sampled")
-    p.add_argument(
-        "--shard-mib",
-        type=int,
-        default=256,
-        metavar="MIB",
-        help="size of one file; at most this much work is lost by a kill (default 256)",
-    )
+    add_arguments(p, DumpOptions)
     p.add_argument("--dry-run", action="store_true", help="only show how large the store would become")
 
     p = add(
@@ -116,14 +66,7 @@ examples:
   cka-addon compute --store store/ --shard 1/8 -o part1.safetensors     (then: cka-addon merge part*.safetensors)
 """,
     )
-    inputs(p, False)
-    p.add_argument(
-        "--store",
-        action="append",
-        default=[],
-        metavar="STORE",
-        help="a feature store instead of -m and -a; repeat to compare models of several stores",
-    )
+    add_arguments(p, Inputs)
     p.add_argument(
         "-o",
         "--out",
@@ -132,82 +75,7 @@ examples:
         help="result (.json; FILE.csv with provenance is written beside it), or with --shard the part",
     )
     p.add_argument("--parquet", action="store_true", help="also write FILE.parquet")
-    p.add_argument(
-        "--mode",
-        choices=("minibatch", "full"),
-        default="minibatch",
-        help="minibatch: HSIC averaged over minibatches, then divided (the study's estimator); "
-        "full: the exact value over all examples, in one pass (default minibatch)",
-    )
-    p.add_argument(
-        "--examples",
-        choices=("frames", "sampled", "means"),
-        default="frames",
-        help="what an example is: every frame, --frames random ones per utterance, or utterance means",
-    )
-    p.add_argument("--frames", type=int, default=50, metavar="N", help="frames per utterance with --examples sampled")
-    p.add_argument(
-        "--batch-size",
-        type=int,
-        default=512,
-        metavar="N",
-        help="examples per minibatch (default 512); the unbiased estimate hardly depends on it, small ones are noisier",
-    )
-    p.add_argument(
-        "--mix",
-        type=int,
-        default=16,
-        metavar="N",
-        help="utterances shuffled together before they are cut into minibatches (default 16); 1 keeps the order "
-        "of time, and a minibatch then compares little more than the frames of one utterance",
-    )
-    p.add_argument("--biased", action="store_true", help="the biased estimator HSIC_0 instead of HSIC_1")
-    p.add_argument(
-        "--form",
-        choices=("auto", "gram", "stream"),
-        default="auto",
-        help="arithmetic: Gram matrices (few examples), streaming (many), or the cheaper one (default auto)",
-    )
-    p.add_argument(
-        "--pairs",
-        choices=("all", "within", "across"),
-        default="all",
-        help="which layers to compare: all, only of one model, only of different ones (default all)",
-    )
-    p.add_argument(
-        "--align",
-        choices=("nearest", "pool"),
-        default="nearest",
-        help="models of different frame rate: take the nearest frame, or the mean around it (default nearest)",
-    )
-    p.add_argument(
-        "--blocks",
-        type=int,
-        default=20,
-        metavar="N",
-        help="groups of utterances: the unit of intervals and of work sharing (default 20)",
-    )
-    p.add_argument(
-        "--interval",
-        choices=("bootstrap", "jackknife", "none"),
-        default="bootstrap",
-        help="how intervals are made from the blocks (default bootstrap)",
-    )
-    p.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
-    p.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default 1000)")
-    p.add_argument(
-        "--permutations",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also compute the value for examples permuted N times: what no relation looks like (default 0)",
-    )
-    p.add_argument(
-        "--precision",
-        choices=("float32", "float64"),
-        default="float32",
-        help="of the products; sums are always float64 (default float32)",
-    )
+    add_arguments(p, Options)
 
     p = add(
         "merge",
@@ -327,36 +195,31 @@ def _processes(device: str) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _say(rank: int):
+def _say(rank: int) -> Callable[..., None]:
     return logger.info if rank == 0 else logger.debug
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from cka_addon import audio, store
+    from cka_addon import audio, store, store_writer
     from cka_addon.models import load_models
 
-    device = _device(args)
+    options, device = from_args(args, DumpOptions), _device(args)
     # Under torchrun every process writes its own part; no process group is needed for that.
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.dry_run:
         models = load_models(args.model, device=device)
         found = audio.find_recordings(args.audio, limit=args.limit)
-        size = store.estimate([m.info for m in models], found, keep=args.keep, frames=args.frames, dtype=args.dtype)
-        logger.warning("%s: %s", args.out, size)
+        logger.warning("%s: %s", args.out, store_writer.estimate([m.info for m in models], found, options))
         return 0
     shard = args.shard or (f"{rank + 1}/{world}" if world > 1 else None)
-    path = store.dump(
+    path = store_writer.dump(
         args.model,
         args.audio,
         args.out,
-        dtype=args.dtype,
-        keep=args.keep,
-        frames=args.frames,
-        seed=args.seed,
+        options=options,
         shard=shard,
         limit=args.limit,
         skip_unreadable=args.skip_unreadable,
-        shard_mib=args.shard_mib,
         device=device,
         progress=not args.quiet and rank == 0,
         announce=_say(rank),
@@ -386,18 +249,16 @@ def _write_result(result, out: str, parquet: bool) -> None:
 
 
 def _compute(args: argparse.Namespace) -> int:
-    from dataclasses import fields
-
-    from cka_addon.pipeline import Options, finish, gather
+    from cka_addon.finish import finish
+    from cka_addon.run import gather
 
     device = _device(args)
     rank, _ = _processes(device)
-    options = Options(**{f.name: getattr(args, f.name) for f in fields(Options)})
     state = gather(
         args.model or None,
         args.audio,
         stores=args.store or None,
-        options=options,
+        options=from_args(args, Options),
         shard=args.shard,
         limit=args.limit,
         skip_unreadable=args.skip_unreadable,
@@ -425,13 +286,13 @@ def _merge(args: argparse.Namespace) -> int:
 
     folders = [Path(p).is_dir() for p in args.parts]
     if all(folders):
-        from cka_addon.store import merge_stores
+        from cka_addon.store_writer import merge_stores
 
         logger.info("wrote %s", merge_stores(args.parts, args.out))
         return 0
     if any(folders):
         raise MergeError("got stores and files; expected all parts of one kind")
-    from cka_addon.pipeline import merge
+    from cka_addon.run import merge
 
     _write_result(merge(args.parts), args.out, args.parquet)
     return 0
@@ -519,7 +380,7 @@ def _info(args: argparse.Namespace) -> int:
 
         data = FeatureStore(path, allow_incomplete=True).info()
     elif path.suffix == ".safetensors":
-        from cka_addon.pipeline import State
+        from cka_addon.state import State
 
         state = State.load(path)
         data = {

@@ -56,7 +56,8 @@ def submodule(package: str, name: str) -> types.ModuleType:
 
 
 def ours(xs, ys):
-    from cka_addon.hsic import BatchHsic, Pairs, cka_from_hsic
+    from cka_addon.estimators import Pairs, cka_from_hsic
+    from cka_addon.hsic import BatchHsic
 
     dims = [x.shape[1] for x in xs + ys]
     names = [str(i) for i in range(len(dims))]
@@ -243,7 +244,7 @@ def memory(args):
 
 def accuracy(args):
     """Largest error of a CKA value against the definition in float64, by common mean."""
-    from cka_addon.hsic import Reference
+    from cka_addon.estimators import Reference
 
     torch.set_num_threads(1)
     print("| library | mean 0 | mean 10 | mean 50 |\n|---|---|---|---|")
@@ -273,7 +274,7 @@ def end_to_end(args):
 
     from cka_addon import audio
     from cka_addon.models import Model, _TransformersForward
-    from cka_addon.pipeline import compute
+    from cka_addon.run import compute
 
     torch.set_num_threads(args.threads)
     folder = args.audio

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cka_addon.hsic import Reference, cka_matrix
+from cka_addon.estimators import Reference
+from cka_addon.hsic import cka_matrix
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "recipes" / "benchmark" / "cka.py"
 

@@ -12,14 +12,19 @@ import torch
 from cka_toy import Toy
 
 import cka_addon as cka
-from cka_addon import audio, pipeline
+from cka_addon import audio
 from cka_addon.align import Clock, align, take
 from cka_addon.errors import AudioError, ConstantLayer, MergeError, NonFinite, SpecError, TooFewExamples
-from cka_addon.hsic import Reference
+from cka_addon.estimators import Reference
+from cka_addon.finish import finish
 from cka_addon.models import Model, ModelInfo
-from cka_addon.pipeline import Options, State, compute, examples_of, finish, gather, make_blocks, merge
-from cka_addon.store import Utterance, dump
+from cka_addon.options import Options
+from cka_addon.run import compute, gather, make_blocks, merge
+from cka_addon.sources import examples_of
+from cka_addon.state import State
+from cka_addon.store_writer import dump
 from cka_addon.uncertainty import intervals
+from cka_addon.utterances import Utterance
 
 pytestmark = pytest.mark.compat
 
@@ -138,7 +143,7 @@ def test_shards_merged_are_the_whole(wavs, stores, tmp_path, mode, form):
 _PROCESS = """
 import os, sys
 import numpy as np, torch, torch.distributed as dist
-from cka_addon.pipeline import compute
+from cka_addon.run import compute
 torch.set_num_threads(1)
 rank, world, port, out, *stores = sys.argv[1:]
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -221,6 +226,7 @@ class _Memory:
     def __init__(self, utterances, infos):
         self.table, self.infos, self.left_out = {u.id: u for u in utterances}, infos, {}
         self.ids = sorted(self.table)
+        self.failures = 0
 
     def read(self, name):
         return self.table[name]
@@ -233,9 +239,7 @@ def _gaussian_state(utterances, mode):
     infos = [ModelInfo(n, ("layer_0",), (5,), Clock(0.02, 0.0125)) for n in ("a", "b")]
     source = _Memory(list(utterances), infos)
     form = "stream" if mode == "full" else "auto"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_source", lambda *a, **k: source)
-        return gather(mode=mode, form=form, batch_size=100, progress=False)
+    return gather(source=source, mode=mode, form=form, batch_size=100, progress=False)
 
 
 def test_intervals_need_blocks_and_spread(wavs):

@@ -11,8 +11,8 @@ import torch
 
 from cka_addon import audio
 from cka_addon.models import load_model
-from cka_addon.pipeline import compute
 from cka_addon.result import CKAResult
+from cka_addon.run import compute
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "cka"
 
