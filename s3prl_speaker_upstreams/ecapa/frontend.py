@@ -9,7 +9,7 @@ equal the original from its own minimum on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import BadWaveform, ConfigError
 from .config import SAMPLE_RATE, FrontendConfig
+from .layers import keep_float32
 from .ragged import Ragged, reflect_index
 
 __all__ = ["Frontend"]
@@ -85,6 +86,10 @@ class Frontend(nn.Module):
                 )
             buffer = own if given is None else given.detach().float().clone()
             self.register_buffer(name, buffer, persistent=given is not None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frontend:
+        # Spectra have no meaning in half precision: after .half() the features are still computed in float32.
+        return keep_float32(self, super()._apply, fn, recurse)
 
     @property
     def hop(self) -> int:

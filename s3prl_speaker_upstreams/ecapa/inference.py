@@ -1,4 +1,4 @@
-"""The fast way through an :class:`~.model.Ecapa` in eval mode: same weights, same results, fewer passes over memory.
+"""The fast way through an :class:`~.model.Ecapa` without gradients: same weights, same results, fewer passes over memory.
 
 Batch normalisation behind a ReLU is a scale and a shift. Here they are folded into the neighbouring products wherever
 they commute with what lies between: |scale| into the layer in front (ReLU commutes with a positive factor), its sign
@@ -13,16 +13,13 @@ processor's cache when the next one reads it. The layout of a pack for a convolu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import EcapaConfig
+from .layers import BatchNorm, Block, ConvNorm
 from .ragged import Gaps, Ragged, patches
-
-if TYPE_CHECKING:
-    from .model import BatchNorm, Block, Ecapa
 
 __all__ = ["Plan"]
 
@@ -45,11 +42,14 @@ def _sign(scale: Tensor) -> Tensor:
     return torch.where(scale < 0, -1.0, 1.0).to(scale)
 
 
-def _onednn(device: torch.device) -> bool:
+def _onednn(device: torch.device, dtype: torch.dtype) -> bool:
     # oneDNN's products with weights in its own layout and ReLU in the epilogue are PyTorch's fastest on a CPU (15 to
-    # 25 % before F.linear); they are internal operators, so F.linear stands in where they are missing.
+    # 25 % before F.linear); they are internal operators, so F.linear stands in where they are missing. In bfloat16 they
+    # raise on processors without AVX-512, where F.linear works.
     ops = torch.ops.mkldnn
-    return device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available() or not hasattr(ops, "_linear_pointwise"):
+        return False
+    return dtype != torch.bfloat16 or (hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported())
 
 
 class _Linear:
@@ -57,7 +57,7 @@ class _Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, relu: bool = True) -> None:
         self.weight, self.bias, self.relu = weight.to(dtype).contiguous(), bias.to(dtype), relu
-        self.onednn = _onednn(weight.device)
+        self.onednn = _onednn(weight.device, dtype)
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK)
 
@@ -77,7 +77,7 @@ class _Convolution:
         self.dilation = [1, dilation]
         self.bias = bias.to(dtype)
         self.weight = weight.to(dtype)[:, :, None].contiguous(memory_format=torch.channels_last)
-        self.onednn = _onednn(weight.device)
+        self.onednn = _onednn(weight.device, dtype)
         if self.onednn:
             width = weight.shape[1]
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
@@ -176,20 +176,20 @@ def _scaled(conv: nn.Conv1d, scale: Tensor) -> tuple[Tensor, Tensor]:
 class Plan:
     """Folded copy of an :class:`~.model.Ecapa`, down to the MFA; it does not follow later changes of the weights.
 
-    dtype : of the products; what is returned is float32
+    block_1, blocks, mfa : the network's parts;  dtype : of the products; what is returned is float32
     """
 
     @torch.no_grad()
-    def __init__(self, model: Ecapa, dtype: torch.dtype) -> None:
-        self.cfg, self.dtype = model.cfg, dtype
-        conv = model.block_1.conv
-        weight = _wide(conv.weight).transpose(1, 2).flatten(1)
-        self.block_1 = _Linear(weight, _wide(conv.bias), dtype)
-        self.block_1_norm = tuple(x.to(dtype) for x in _scale_shift(model.block_1.norm))
-        self.blocks = [_FoldedBlock(b, dtype) for b in (model.block_2, model.block_3, model.block_4)]
-        conv = model.mfa.conv
-        self.mfa_product = _Linear(_wide(conv.weight)[:, :, 0], _wide(conv.bias), dtype)
-        self.mfa_norm = tuple(x.float() for x in _scale_shift(model.mfa.norm)) if model.cfg.mfa_norm else None
+    def __init__(
+        self, cfg: EcapaConfig, block_1: ConvNorm, blocks: Sequence[Block], mfa: ConvNorm, dtype: torch.dtype
+    ) -> None:
+        self.cfg, self.dtype = cfg, dtype
+        weight = _wide(block_1.conv.weight).transpose(1, 2).flatten(1)
+        self.block_1 = _Linear(weight, _wide(block_1.conv.bias), dtype)
+        self.block_1_norm = tuple(x.to(dtype) for x in _scale_shift(block_1.norm))
+        self.blocks = [_FoldedBlock(block, dtype) for block in blocks]
+        self.mfa_product = _Linear(_wide(mfa.conv.weight)[:, :, 0], _wide(mfa.conv.bias), dtype)
+        self.mfa_norm = tuple(x.float() for x in _scale_shift(mfa.norm)) if cfg.mfa_norm else None
 
     @torch.no_grad()
     def __call__(self, features: Ragged, mfa: bool) -> tuple[tuple[Ragged, ...], Ragged | None]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ecapa.layers import always_batch_statistics
 from ..errors import SpeakerUpstreamError
 from .config import CollapseConfig, DinoConfig
 from .distributed import gather_rows, sum_over_ranks_, world_size
@@ -252,7 +253,7 @@ class Dino(nn.Module):
             norm=config.head_norm,
         )
         self.student = Branch(encoder, head)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = always_batch_statistics(copy.deepcopy(self.student).requires_grad_(False))
         self.register_buffer("center", torch.zeros(config.prototypes))
         self.register_buffer("marginal", torch.full((config.prototypes,), 1.0 / config.prototypes))
         self.register_buffer("recent", torch.zeros(self.RECENT, dim))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ecapa.layers import always_batch_statistics
+
 __all__ = ["recalibrate_norms"]
 
 
@@ -29,7 +31,7 @@ def recalibrate_norms(module: nn.Module, batches: Iterable[Any]) -> int:
     momenta, training = [m.momentum for m in norms], module.training
     for norm in norms:
         norm.reset_running_stats()
-    module.train()
+    always_batch_statistics(module).train()
     count = 0
     try:
         for batch in batches:
@@ -40,5 +42,5 @@ def recalibrate_norms(module: nn.Module, batches: Iterable[Any]) -> int:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        module.train(training)
+        always_batch_statistics(module, False).train(training)
     return count

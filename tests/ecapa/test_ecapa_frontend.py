@@ -44,7 +44,7 @@ def test_features_are_those_of_the_original(goldens, name):
             if key in case:
                 assert got.shape == case[key].shape
                 # The limits of the goldens are 3e-4 (Kaldi) and 2e-5; the originals' order of operations does better.
-                assert relative(got, case[key]) <= 2e-6, (key, case["name"])
+                assert relative(got, case[key]) <= 1e-5, (key, case["name"])
                 compared += 1
     assert compared >= 4
 

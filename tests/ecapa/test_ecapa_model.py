@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from s3prl_speaker_upstreams.ecapa import DIALECTS, Ecapa, EcapaConfig, Ragged
-from s3prl_speaker_upstreams.ecapa.model import _Statistics
+from s3prl_speaker_upstreams.ecapa.layers import _Statistics
 from s3prl_speaker_upstreams.errors import ConfigError
 
 pytestmark = pytest.mark.compat
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.compat
 OUTPUTS = ("hidden_states", "mfa", "pooled", "embedding")
 
 
-@pytest.mark.parametrize("name", ["config", "frontend", "inference", "model", "ragged"])
+@pytest.mark.parametrize("name", ["config", "frontend", "inference", "layers", "model", "ragged"])
 def test_examples_in_the_docstrings_run(name):
     module = importlib.import_module(f"s3prl_speaker_upstreams.ecapa.{name}")
     result = doctest.testmod(module)

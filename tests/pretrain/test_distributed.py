@@ -21,7 +21,7 @@ from torch import nn
 from s3prl_speaker_upstreams.pretrain.distributed import *
 from s3prl_speaker_upstreams.pretrain.dino import koleo_loss, sinkhorn_targets, Dino
 from s3prl_speaker_upstreams.pretrain.config import DinoConfig
-from s3prl_speaker_upstreams.ecapa.model import BatchNorm
+from s3prl_speaker_upstreams.ecapa.layers import BatchNorm
 torch.set_num_threads(1)
 mine = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=mine, world_size=2)
