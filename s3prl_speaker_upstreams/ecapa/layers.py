@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound=nn.Module)
+_LOWER = (torch.float16, torch.bfloat16)
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -55,7 +56,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if x.dtype in (torch.float16, torch.bfloat16):  # PyTorch takes all of them in float32, or none
+        if weight.dtype in _LOWER:  # PyTorch takes them and the running statistics in float32, or none of them
             weight, bias = weight.float(), bias.float()
         if len(x) == 1 or not self.uses_batch():
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=self.eps)
@@ -91,7 +92,7 @@ def keep_float32(module: M, apply: Callable[..., M], fn: Callable[[Tensor], Tens
     apply(fn, recurse)
     for name, buffer in before.items():
         now = module._buffers[name]
-        if now is not None and now.dtype in (torch.float16, torch.bfloat16):
+        if now is not None and now.dtype in _LOWER:
             module._buffers[name] = buffer.to(now.device, torch.float32)
     return module
 

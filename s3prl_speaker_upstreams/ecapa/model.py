@@ -107,7 +107,7 @@ class Ecapa(nn.Module):
         if "pooled" in outputs or "embedding" in outputs:
             found["pooled"] = self.pool(mfa)
         if "embedding" in outputs:
-            x = self.embedding(self.pool_norm(found["pooled"]))
+            x = self.embedding(self.pool_norm(found["pooled"]).to(self.embedding.weight.dtype))
             found["embedding"] = self.embedding_norm(x) if self.cfg.embedding_norm else x
         return {name: found[name] for name in outputs}
 
