@@ -13,6 +13,7 @@ processor's cache when the next one reads it. The layout of a pack for a convolu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
