@@ -1,4 +1,4 @@
-"""The fast way through an :class:`~.model.Ecapa` without gradients: same weights, same results, fewer passes over memory.
+"""The fast way through an :class:`~.model.Ecapa` without gradients: same weights and results, fewer passes over memory.
 
 Batch normalisation behind a ReLU is a scale and a shift. Here they are folded into the neighbouring products wherever
 they commute with what lies between: |scale| into the layer in front (ReLU commutes with a positive factor), its sign
