@@ -73,7 +73,8 @@ def longest(root: Path) -> dict[str, dict[str, object]]:
 def imports(root: Path) -> dict[str, dict[str, set[str]]]:
     """module -> {"top": our modules imported when it is imported, "any": also those imported inside functions}.
 
-    Imports under ``if TYPE_CHECKING`` belong to neither.
+    Imports under ``if TYPE_CHECKING`` belong to neither, and the top of a package (s3prl_speaker_upstreams,
+    cka_addon) has none inside functions: it hands its public names on at first use, and everything may ask its version.
     """
     modules = {}
     for path in sources(root, *PACKAGES):
@@ -88,7 +89,8 @@ def imports(root: Path) -> dict[str, dict[str, set[str]]]:
                 # `from package import name` names a module or something defined in the package
                 module = target if target in modules else target.rpartition(".")[0]
                 if module in modules and module != name:
-                    found["any"].add(module)
+                    if not (inside and name in PACKAGES):
+                        found["any"].add(module)
                     if not inside:
                         found["top"].add(module)
         graph[name] = found
@@ -117,8 +119,6 @@ def _targets(node: ast.Import | ast.ImportFrom, package: list[str]) -> Iterator[
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that import each other, directly or around a corner (strongly connected components).
-
-    A package and its own modules are no circle: `from package import module` runs the package first anyway.
 
     >>> circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
     [['a', 'b', 'c']]

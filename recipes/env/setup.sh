@@ -9,6 +9,7 @@
 #            `superb` and the tasks se and ss compile one package and need a C compiler
 set -euo pipefail
 
+case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 STACK="${STACK:-current}"
@@ -23,11 +24,12 @@ CONSTRAINTS="$ROOT/recipes/env/constraints-$STACK.txt"
 say() { echo "[setup] $*"; }
 fail() { echo "[setup] $*" >&2; exit 1; }
 
-command -v "$PYTHON" > /dev/null || fail "no interpreter '$PYTHON'; install Python 3.10 to 3.12 or set PYTHON=/path/to/python"
-"$PYTHON" - << 'PY' || fail "$PYTHON is not Python 3.10 to 3.12, which the pinned packages need; set PYTHON=/path/to/python3.11"
-import sys
-sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
-PY
+# numpy 1.26, which the legacy stack pins, ends at Python 3.12
+newest=13
+if [ "$STACK" = legacy ]; then newest=12; fi
+command -v "$PYTHON" > /dev/null || fail "no interpreter '$PYTHON'; install Python 3.10 to 3.$newest or set PYTHON=/path/to/python"
+"$PYTHON" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $newest))" ||
+  fail "$PYTHON is $("$PYTHON" --version 2>&1), the pinned packages need 3.10 to 3.$newest; set PYTHON=/path/to/python3.11"
 
 # What was installed is remembered by a digest of everything that decides it, so the second run costs a blink.
 wanted="$({ cat "$CONSTRAINTS" "$ROOT/setup.cfg" "$ROOT/setup.py" "$ROOT/pyproject.toml" "$ROOT/s3prl_speaker_upstreams/s3prl_speaker_upstreams.pth" "$ROOT/recipes/env/setup.sh"; echo "$ROOT $("$PYTHON" --version)"; } | cksum)"

@@ -49,6 +49,7 @@ FORBIDDEN = {
         f"{OURS}.{part}"
         for part in ("ecapa", "checkpoints", "weights", "expert", "hubconf", "registration", "pretrain", "superb")
     ],
+    f"{OURS}/superb": [f"{OURS}.{part}" for part in ("ecapa", "checkpoints", "weights", "expert", "pretrain")],
     "cka_addon": [OURS],
 }
 
