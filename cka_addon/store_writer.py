@@ -83,6 +83,7 @@ def dump(
     >>> folder = Path(tempfile.mkdtemp())
     >>> soundfile.write(folder / "a.wav", np.zeros(16000, "float32"), 16000)
     >>> model = Model(lambda wavs: {"hidden_states": [torch.ones(1, len(wavs[0]) // 320, 4)]}, "ones")
+    >>> from cka_addon.store import FeatureStore
     >>> FeatureStore(dump([model], folder, folder / "store", progress=False)).ids
     ['a']
     """

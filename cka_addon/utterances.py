@@ -35,7 +35,7 @@ class Utterance:
         """Per model, the centre of every frame in seconds, (frames,); an utterance mean lies in the middle.
 
         >>> one = Utterance("a", [[torch.zeros(3, 4)]], 0.1, [None], [Clock(0.02, 0.0125)])
-        >>> one.times[0].tolist()
+        >>> one.times[0].round(4).tolist()
         [0.0125, 0.0325, 0.0525]
         """
         found = []
