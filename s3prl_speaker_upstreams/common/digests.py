@@ -53,7 +53,7 @@ def state_sha256(state: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(plain.numpy()))
+        digest.update(plain.numpy().data)
     return digest.hexdigest()
 
 

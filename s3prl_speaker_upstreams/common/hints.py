@@ -26,6 +26,6 @@ def did_you_mean(name: object, known: Iterable[object], *, prefix: str = "") -> 
     >>> did_you_mean("x", ["lr", "momentum"], prefix="optim.")
     'expected one of: lr, momentum'
     """
-    known = [str(k) for k in known]
-    near = nearest(name, known)
-    return f"did you mean '{prefix}{near[0]}'?" if near else f"expected one of: {', '.join(known)}"
+    names = [str(k) for k in known]
+    near = nearest(name, names)
+    return f"did you mean '{prefix}{near[0]}'?" if near else f"expected one of: {', '.join(names)}"
