@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 # DINO on VoxCeleb2 without labels: WeSpeaker's published settings (preset voxceleb2_dino), evaluated on Vox1-O/E/H.
 #
-#   [GPUS=2 OUT=exp/dino] recipes/pretrain/voxceleb2_dino.sh [STAGE ...]   stages: data train average evaluate export (default: all)
+#   [GPUS=2 OUT=exp/dino] recipes/pretrain/voxceleb2_dino.sh [STAGE ...]
+#   stages: data train average evaluate export (default: all; STAGES="train average" says the same)
 #
 # Reads  $DATA (made by voxceleb_data.sh from the archives in $DOWNLOADS).
 # Writes $OUT: checkpoints, logs, average.safetensors, vox1_{O,E,H}.json. Every stage can be run alone and again;
 # training goes on from its newest checkpoint. EXTRA="run.batch=32 run.accumulate=2" changes settings.
 # Published result of these settings (WeSpeaker, 2 GPUs x 64, 150 epochs): Vox1-O/E/H 3.016 / 3.093 / 5.538 % EER.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 HERE=$(cd "$(dirname "$0")" && pwd)
+source "$HERE/../env/python.sh" # sets PYTHON
 export DATA=${DATA:-data/voxceleb}
 OUT=${OUT:-exp/voxceleb2_dino}
 GPUS=${GPUS:-2}
@@ -16,36 +19,35 @@ PRESET=${PRESET:-voxceleb2_dino}
 NUM_AVERAGE=${NUM_AVERAGE:-10}
 read -ra EXTRA <<<"${EXTRA:-}"
 
-data() { "$HERE/voxceleb_data.sh"; }
+data() { "$HERE/voxceleb_data.sh" check unpack convert trials; }
 
 train() {
-  local launch=(python -m)
-  [ "$GPUS" -le 1 ] || launch=(torchrun "--nproc_per_node=$GPUS" -m)
-  "${launch[@]}" s3prl_speaker_upstreams.cli pretrain --preset "$PRESET" --data "$DATA/vox2_dev" \
+  processes "$GPUS" s3prl_speaker_upstreams pretrain --preset "$PRESET" --data "$DATA/vox2_dev" \
     --noise "$DATA/musan" --rirs "$DATA/RIRS_NOISES" \
     --trials "$DATA/trials/veri_test2.txt" --trials-root "$DATA/voxceleb1/wav" --out "$OUT" \
-    --set "eval.every=10 epochs" "run.keep_last=$NUM_AVERAGE" "${EXTRA[@]}"
+    --set "eval.every=10 epochs" "run.keep_last=$NUM_AVERAGE" ${EXTRA[@]+"${EXTRA[@]}"}
 }
 
 average() {
-  [ -s "$OUT/average.safetensors" ] || s3prl-speaker average "$OUT" "$OUT/average.safetensors" --last "$NUM_AVERAGE"
+  [ -s "$OUT/average.safetensors" ] || speaker average "$OUT" "$OUT/average.safetensors" --last "$NUM_AVERAGE"
 }
 
 evaluate() {
   local name list
   for name in O:veri_test2 E:list_test_all2 H:list_test_hard2; do
     list=${name#*:} name=${name%%:*}
-    [ -s "$OUT/vox1_$name.json" ] || s3prl-speaker evaluate "$OUT/average.safetensors" "$DATA/trials/$list.txt" \
+    [ -s "$OUT/vox1_$name.json" ] || speaker evaluate "$OUT/average.safetensors" "$DATA/trials/$list.txt" \
       --root "$DATA/voxceleb1/wav" --cohort "$DATA/vox2_dev" --out "$OUT/vox1_$name.json"
   done
 }
 
 export_() {
-  s3prl-speaker export "$OUT" "$OUT/last.safetensors"
+  speaker export "$OUT" "$OUT/last.safetensors"
   echo "use it:  python s3prl/run_downstream.py -u ecapa_dino_local -k $OUT/average.safetensors ..."
 }
 
-[ $# -gt 0 ] || set -- data train average evaluate export
+# shellcheck disable=SC2086  # a list of words
+[ $# -gt 0 ] || set -- ${STAGES:-data train average evaluate export}
 for stage; do
   case $stage in
     data | train | average | evaluate) "$stage" ;;

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # VoxCeleb for pre-training: unpack, convert VoxCeleb2's m4a to 16 kHz flac (parallel, resumable), trial lists, MUSAN, RIRs.
 #
-#   recipes/pretrain/voxceleb_data.sh [STAGE ...]        stages: check unpack convert trials (default: all, in this order)
+#   recipes/pretrain/voxceleb_data.sh [STAGE ...]        stages: check unpack convert trials (default: all, in this order;
+#                                                       STAGES="unpack convert" says the same)
 #
 # Reads  $DOWNLOADS: the archives, which VoxCeleb hands out on request (https://mm.kaist.ac.kr/datasets/voxceleb/):
 #          vox2_dev_aac.zip (or its parts vox2_dev_aac_parta?), vox1_dev_wav.zip (or parts), vox1_test_wav.zip
 #        and, free to download, https://www.openslr.org/17 (musan.tar.gz) and https://www.openslr.org/28 (rirs_noises.zip)
 # Writes $DATA/{vox2_dev,voxceleb1,musan,RIRS_NOISES,trials}; about 300 GB. What is done is skipped; a killed conversion goes on.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 DATA=${DATA:-data/voxceleb}
 DOWNLOADS=${DOWNLOADS:-$DATA/downloads}
 JOBS=${JOBS:-$(nproc)}
@@ -87,7 +89,8 @@ trials() {
   done
 }
 
-[ $# -gt 0 ] || set -- check unpack convert trials
+# shellcheck disable=SC2086  # a list of words
+[ $# -gt 0 ] || set -- ${STAGES:-check unpack convert trials}
 for stage; do
   case $stage in check | unpack | convert | trials) "$stage" ;; *) die "unknown stage '$stage'; expected check, unpack, convert, trials" ;; esac
 done

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Accuracy on real speech with a probe trained for minutes: SID on six speakers' digits, KS on four keywords.
 #
-#   SPEECH=../shared/speech recipes/superb/accuracy.sh fbank
-#   SPEECH=../shared/speech recipes/superb/accuracy.sh ecapa_tdnn_local --ckpt small.safetensors --tag ecapa_small
+#   SPEECH=/folder recipes/superb/accuracy.sh fbank
+#   SPEECH=/folder recipes/superb/accuracy.sh ecapa_tdnn_local --ckpt small.safetensors --tag ecapa_small
 #
 # Reads SPEECH (digits/<speaker>, keywords/<word>). Writes EXP (one folder for each upstream) and EXP/tables/superb.md.
 # Chance: SID 16.7 %, KS 25 %. Frozen upstream, s3prl's own probe and runner; short training, learning rate chosen on dev.
 set -euo pipefail
 
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-SPEECH=${SPEECH:-../shared/speech}
+SPEECH=${SPEECH:-}
 EXP=${EXP:-exp/accuracy}
 UPDATES=${UPDATES:-300}
 RATES=${RATES:-1e-2,1e-3}
@@ -18,6 +18,10 @@ TASKS=${TASKS:-"SID KS"}
 export EXP
 
 if [[ $# -lt 1 ]]; then sed -n '2,9p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//' >&2; exit 2; fi
+if [[ ! -d $SPEECH ]]; then
+  echo "accuracy.sh: no folder '$SPEECH'; set SPEECH=FOLDER with digits/<speaker> and keywords/<word>" >&2
+  exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 export PYTHON
 upstream=$1

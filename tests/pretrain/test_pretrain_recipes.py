@@ -111,13 +111,12 @@ def test_recipes_call_commands_with_arguments_that_exist(name, tmp_path):
         "if args.command == 'pretrain': print(load(args.preset, overrides=args.set).run.epochs)\n"
         f"open({str(tmp_path / 'commands')!r}, 'a').write(args.command + '\\n')\n"
     )
-    for command in ("python", "s3prl-speaker"):
-        (bin_ / command).write_text(parse)
-        (bin_ / command).chmod(stat.S_IRWXU)
+    (bin_ / "python").write_text(parse)
+    (bin_ / "python").chmod(stat.S_IRWXU)
     out = tmp_path / "exp"
     (out / "checkpoints").mkdir(parents=True)
     (out / "checkpoints" / "step_00000005.pt").touch()
-    env = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "GPUS": "1", "OUT": str(out), "DATA": str(tmp_path)}
+    env = {**os.environ, "PYTHON": str(bin_ / "python"), "GPUS": "1", "OUT": str(out), "DATA": str(tmp_path)}
     stages = ["train", "average", "evaluate"]
     stages += ["large_margin", "evaluate_large_margin", "export"] if name.endswith("supervised") else ["export"]
     done = subprocess.run([RECIPES / f"{name}.sh", *stages], env=env, capture_output=True, text=True, timeout=120)
