@@ -56,7 +56,7 @@ def main() -> None:
     for path in tqdm(files, desc="trimming", unit="file", delay=2):
         target = (args.destination / path.relative_to(args.source)).with_suffix(".flac")
         wav, rate = soundfile.read(path, dtype="float32")
-        start, end = speech_span(wav if wav.ndim == 1 else wav[:, 0], rate, args.below)
+        start, end = speech_span(wav if wav.ndim == 1 else wav.mean(1), rate, args.below)
         before, after = before + len(wav) / rate, after + (end - start) / rate
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AUDIO_SUFFIXES",
+    "OTHER_SUFFIXES",
     "SAMPLE_RATE",
     "AudioInfo",
     "find_audio",
+    "find_names",
     "is_audio_name",
     "probe",
     "read_audio",
@@ -42,6 +43,9 @@ SAMPLE_RATE = 16000
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf", ".sph")
 """Endings of the files that libsndfile reads, in lower case; others (m4a, aac, wma) need converting first."""
+
+OTHER_SUFFIXES = (".m4a", ".aac", ".mp4", ".wma", ".amr", ".webm", ".mka", ".ape", ".wv", ".shn")
+"""Endings of recordings that libsndfile does not read: counted and named where they are met, never skipped silently."""
 
 _LOWEST_RATE, _HIGHEST_RATE = 4000, 192000
 
@@ -87,29 +91,48 @@ def find_audio(root: str | os.PathLike[str]) -> list[Path]:
     >>> [p.name for p in find_audio(folder)]
     ['a.wav', 'b.flac']
     """
-    root = Path(root)
-    if not root.is_dir():
+    return sorted(Path(root) / name for name in find_names(root))
+
+
+def find_names(root: str | os.PathLike[str], suffixes: tuple[str, ...] = AUDIO_SUFFIXES) -> list[str]:
+    """As :func:`find_audio`, but the names below ``root``, with ``/`` on every system and sorted as text.
+
+    suffixes : endings in lower case, for instance ``AUDIO_SUFFIXES + OTHER_SUFFIXES``
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> (folder / "ann").mkdir()
+    >>> for name in ("ann/1.wav", "ann/2.m4a"):
+    ...     (folder / name).touch()
+    >>> find_names(folder), find_names(folder, OTHER_SUFFIXES)
+    (['ann/1.wav'], ['ann/2.m4a'])
+    """
+    if not Path(root).is_dir():
         raise NotADirectoryError(f"{root}: got no folder, expected one with recordings in it")
-    return sorted(_walk(root, set()))
-
-
-def _walk(folder: Path, seen: set[str]) -> Iterator[Path]:
-    real = os.path.realpath(folder)
-    if real in seen:  # a link that leads back up
-        return
-    seen.add(real)
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        logger.warning("%s: folder is left out: %s", folder, error)
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
+    names, stack, seen = [], [""], set()
+    while stack:
+        below = stack.pop()
+        folder = os.path.join(root, below) if below else os.fspath(root)
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back up
             continue
-        if entry.is_dir():
-            yield from _walk(folder / entry.name, seen)
-        elif is_audio_name(entry.name):
-            yield folder / entry.name
+        seen.add(real)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            logger.warning("%s: folder is left out: %s", folder, error)
+            continue
+        folders = []
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(name)
+            elif entry.name.lower().endswith(suffixes):
+                names.append(name)
+        stack.extend(reversed(folders))  # of two links to one folder, the first by name is kept
+    return sorted(names)
 
 
 def probe(path: str | os.PathLike[str]) -> AudioInfo:

@@ -25,31 +25,26 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import logging
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from s3prl_speaker_upstreams.common.audio import AUDIO_SUFFIXES
 from s3prl_speaker_upstreams.common.files import write_text
+from s3prl_speaker_upstreams.data.lists import LAYOUTS, read_listing
+from s3prl_speaker_upstreams.data.scan import scan
 from s3prl_speaker_upstreams.errors import ConfigError
 
-__all__ = ["AUDIO_SUFFIXES", "LAYOUTS", "Manifest", "NoSpeech", "ScanReport", "Utterance", "build_manifest"]
+__all__ = ["LAYOUTS", "Manifest", "NoSpeech", "ScanReport", "Utterance", "build_manifest", "join_manifests"]
 
 log = logging.getLogger(__name__)
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg")
-LIST_SUFFIXES = (".txt", ".lst", ".scp", ".csv", ".tsv")
-LAYOUTS = ("auto", "voxceleb", "speaker", "none")
-# VoxCeleb1 and 2: [anything/]id00012/<video>/00001.wav
-_VOXCELEB = re.compile(r"(?:^|/)(id\d{5})/[^/]+/[^/]+$")
-_CACHE_VERSION = 1
 _EXAMPLES = 5
+_COLUMNS = ["id", "path", "samples", "sample_rate", "speaker"]
 
 
 class NoSpeech(ConfigError):
@@ -95,6 +90,8 @@ class ScanReport:
 
     >>> print(ScanReport(found=3, kept=2, unreadable=1, layout="speaker", speakers=2))
     3 files found, 2 kept (layout 'speaker', 2 speakers); left out: 0 too short, 0 silent, 1 unreadable
+    >>> str(ScanReport(missing=2, unsupported={".m4a": 3})).split("unreadable, ")[1]
+    '2 missing, 3 of a kind that cannot be read (3 .m4a)'
     """
 
     found: int = 0
@@ -102,30 +99,49 @@ class ScanReport:
     too_short: int = 0
     silent: int = 0
     unreadable: int = 0
+    missing: int = 0
+    unsupported: dict[str, int] = field(default_factory=dict)
     layout: str = "none"
     speakers: int = 0
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def count(self, kind: str, path: str, why: str) -> None:
-        """Count one file left out as ``kind`` (``too_short``, ``silent`` or ``unreadable``)."""
+        """Count one file left out as ``kind`` (``too_short``, ``silent``, ``unreadable`` or ``missing``)."""
         setattr(self, kind, getattr(self, kind) + 1)
         shown = self.examples.setdefault(kind, [])
         if len(shown) < _EXAMPLES:
             shown.append((path, why))
+
+    def add(self, other: ScanReport) -> None:
+        """Take in the counts and examples of another source."""
+        for name in ("found", "kept", "too_short", "silent", "unreadable", "missing"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for suffix, count in other.unsupported.items():
+            self.unsupported[suffix] = self.unsupported.get(suffix, 0) + count
+        for kind, shown in other.examples.items():
+            mine = self.examples.setdefault(kind, [])
+            mine += shown[: _EXAMPLES - len(mine)]
+        self.notes += other.notes
 
     def __str__(self) -> str:
         line = (
             f"{self.found} files found, {self.kept} kept (layout {self.layout!r}, {self.speakers} speakers); left out: "
             f"{self.too_short} too short, {self.silent} silent, {self.unreadable} unreadable"
         )
+        if self.missing:
+            line += f", {self.missing} missing"
+        if self.unsupported:
+            kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(self.unsupported.items()))
+            line += f", {sum(self.unsupported.values())} of a kind that cannot be read ({kinds})"
         for kind, shown in self.examples.items():
             line += f"\n  {kind}: " + "; ".join(f"{path} ({why})" for path, why in shown)
             if getattr(self, kind) > len(shown):
                 line += f"; and {getattr(self, kind) - len(shown)} more"
-        return line
+        return "\n  ".join([line, *self.notes])
 
 
-class Manifest(Sequence):
+class Manifest(Sequence[Utterance]):
     """Table of utterances, a few dozen bytes each, so that VoxCeleb2's million fits any worker process.
 
     Columns are flat arrays rather than objects because worker processes share them without copying.
@@ -178,7 +194,7 @@ class Manifest(Sequence):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Utterance:
+    def __getitem__(self, index: int) -> Utterance:  # type: ignore[override]
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"utterance {index} of {len(self)}")
@@ -221,6 +237,20 @@ class Manifest(Sequence):
         digest.update("\0".join(self.speakers).encode())
         return digest.hexdigest()
 
+    def describe_speakers(self, largest: int = 5) -> str:
+        """How many speakers there are, and who has most recordings: what to look at before a training.
+
+        >>> Manifest(list("abc"), [1, 1, 1], [1, 1, 1], ["ann", "bob", "ann"]).describe_speakers()
+        '2 speakers, most recordings: ann 2, bob 1'
+        """
+        unknown = int((self.labels < 0).sum())
+        counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.speakers))
+        most = np.argsort(-counts, kind="stable")[:largest]
+        line = f"{len(self.speakers)} speakers"
+        if len(most):
+            line += ", most recordings: " + ", ".join(f"{self.speakers[i]} {counts[i]}" for i in most)
+        return line + (f"; {unknown} recordings of unknown speakers" if unknown else "")
+
     def subset(self, indices: Iterable[int] | np.ndarray) -> Manifest:
         """Manifest of the utterances ``indices``, in that order; speaker numbers are counted anew.
 
@@ -247,24 +277,33 @@ class Manifest(Sequence):
         chosen = np.isin(self.labels, out)
         return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
 
-    def write(self, path: str | os.PathLike) -> Path:
+    def write(self, path: str | os.PathLike[str]) -> Path:
         """Write as csv (id, path, samples, sample_rate, speaker); the file appears whole or not at all."""
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["id", "path", "samples", "sample_rate", "speaker"])
+        writer.writerow(_COLUMNS)
         for item in self:
             writer.writerow([item.id, item.path, item.samples, item.sample_rate, item.speaker or ""])
         return write_text(path, rows.getvalue())
 
+    @staticmethod
+    def is_written(path: str | os.PathLike[str]) -> bool:
+        """Whether a file is one that :meth:`write` wrote, by its first line."""
+        try:
+            with open(path, "rb") as file:
+                first = file.readline(200)
+        except OSError:
+            return False
+        return first.removeprefix(b"\xef\xbb\xbf").strip() == ",".join(_COLUMNS).encode()
+
     @classmethod
-    def read(cls, path: str | os.PathLike) -> Manifest:
+    def read(cls, path: str | os.PathLike[str]) -> Manifest:
         """Read what :meth:`write` wrote. Raises ConfigError if the file is something else."""
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = csv.DictReader(file)
-            expected = ["id", "path", "samples", "sample_rate", "speaker"]
-            if rows.fieldnames != expected:
+            if rows.fieldnames != _COLUMNS:
                 raise ConfigError(
-                    f"{path}: got columns {rows.fieldnames}, expected {expected}; for a plain list use build_manifest"
+                    f"{path}: got columns {rows.fieldnames}, expected {_COLUMNS}; for a plain list use build_manifest"
                 )
             table = list(rows)
         return cls(
@@ -291,44 +330,24 @@ class _Strings:
         return os.fsdecode(self.raw(index))
 
 
-@dataclass(slots=True)
-class _Fact:
-    """What a scan learned about one file; -1 and NaN mean 'not looked at'."""
-
-    size: int
-    mtime_ns: int
-    samples: int = -1
-    sample_rate: int = -1
-    peak_db: float = float("nan")
-    error: str = ""
-
-    def row(self) -> tuple:
-        return self.size, self.mtime_ns, self.samples, self.sample_rate, self.peak_db, self.error
-
-
 def build_manifest(
-    source: str | os.PathLike | Iterable[str | os.PathLike],
+    source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     *,
     layout: str = "auto",
     min_seconds: float = 1.0,
     silence_db: float | None = None,
     workers: int = 8,
-    cache: str | os.PathLike | bool | None = None,
+    cache: str | os.PathLike[str] | bool | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Find all wav / flac / ogg files of a folder or list and read their durations.
+    """Find all recordings of a folder or list, who speaks in them, and how long they are.
 
     Parameters
     ----------
     source : folder, list file, or iterable of paths
-        A folder is searched to any depth, following links to folders. A list file has one recording per line: a path,
-        with its speaker before or behind it where known (``id00012 id00012/x/1.wav`` as in VoxCeleb's lists), separated
-        by a tab or blanks, or by a comma in ``.csv``; paths are relative to the list. In ``.scp`` the other column is
-        the utterance's name, not its speaker. A csv written by :meth:`Manifest.write` is taken as it is.
-    layout : {"auto", "voxceleb", "speaker", "none"}
-        Where the speaker is: ``voxceleb``: the ``id00012`` part; ``speaker``: the first folder below ``source``;
-        ``none``: not known. ``auto`` takes ``voxceleb`` if all paths look so, else ``speaker`` if all files are at
-        least one folder deep, else ``none``. Speakers given in a list file win.
+        As :mod:`.lists` says. A csv written by :meth:`Manifest.write` is taken as it is, without looking at the files.
+    layout : one of ``LAYOUTS``
+        Where the speaker is; ``auto`` finds one way that fits all files, or refuses (see :mod:`.lists`).
     min_seconds : float
         Shorter recordings are left out.
     silence_db : float, optional
@@ -354,7 +373,7 @@ def build_manifest(
     NoSpeech
         If nothing usable was found.
     ConfigError
-        If ``layout`` is unknown, or is named and does not fit.
+        If ``layout`` is unknown or does not fit, or a list cannot be understood.
 
     >>> build_manifest("/does/not/exist")
     Traceback (most recent call last):
@@ -363,269 +382,97 @@ def build_manifest(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"got layout {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    root, files, named, speakers, key = _files(source)
-    if isinstance(key, Manifest):
-        return key
-    facts = _cached_facts(key, cache)
-    before = dict(facts)
-    todo = []
-    for path in files:
-        try:
-            state = os.stat(path)
-        except OSError as problem:
-            facts[path] = _Fact(-1, -1, error=_reason(problem))
-            continue
-        known = facts.get(path)
-        if known is None or (known.size, known.mtime_ns) != (state.st_size, state.st_mtime_ns):
-            known = facts[path] = _Fact(state.st_size, state.st_mtime_ns)
-        if not known.error and (known.samples < 0 or (silence_db is not None and np.isnan(known.peak_db))):
-            todo.append(path)
-
-    def learn(path: str) -> None:
-        _look(path, facts[path], decode=silence_db is not None)
-
-    _for_all(learn, todo, workers, progress, "decoding" if silence_db is not None else "reading headers")
-    facts = {path: facts[path] for path in files}
-    if cache is not False and (todo or before.keys() != facts.keys()):
-        _write_cache(key, cache, facts)
-
-    layout, found_speakers = _speakers(named, layout, speakers, files)
-    report = ScanReport(found=len(files), layout=layout)
+    if isinstance(source, (str, os.PathLike)):
+        source = os.path.abspath(os.path.expanduser(os.fspath(source)))
+        if Manifest.is_written(source):
+            return Manifest.read(source)
+        key = source
+    else:
+        source = sorted({os.path.abspath(os.fspath(path)) for path in source})
+        key = "\n".join(source)
+    listing = read_listing(source, layout)
+    facts = scan(
+        [entry.path for entry in listing], key, decode=silence_db is not None, workers=workers, cache=cache,
+        progress=progress,
+    )  # fmt: skip
+    report = ScanReport(found=len(listing), layout=listing.layout, unsupported=dict(listing.unsupported))
+    for path in listing.missing:
+        report.count("missing", path, "no such file")
     keep = []
-    for index, path in enumerate(files):
-        fact = facts[path]
+    for entry, fact in zip(listing, facts, strict=True):
         if fact.error:
-            report.count("unreadable", path, fact.error)
+            report.count("unreadable", entry.path, fact.error)
         elif fact.samples < min_seconds * fact.sample_rate:
-            report.count("too_short", path, f"{fact.samples / fact.sample_rate:.2f} s")
+            report.count("too_short", entry.path, f"{fact.samples / fact.sample_rate:.2f} s")
         elif silence_db is not None and fact.peak_db < silence_db:
-            report.count("silent", path, f"peak {fact.peak_db:.0f} dB")
+            report.count("silent", entry.path, f"peak {fact.peak_db:.0f} dB")
         else:
-            keep.append(index)
+            keep.append((entry, fact))
     report.kept = len(keep)
+    report.notes = listing.notes
     if not keep:
         raise NoSpeech(
-            f"{source if isinstance(source, (str, os.PathLike)) else 'the list of paths'}: no usable speech; {report}\n"
+            f"{source if isinstance(source, str) else 'the list of paths'}: no usable speech; {report}\n"
             f"Expected {', '.join(AUDIO_SUFFIXES)} files of at least {min_seconds} s; convert m4a with ffmpeg "
             "(recipes/pretrain) or lower min_seconds."
         )
-    chosen = [facts[files[i]] for i in keep]
     manifest = Manifest(
-        [named[i] for i in keep],
-        [fact.samples for fact in chosen],
-        [fact.sample_rate for fact in chosen],
-        [found_speakers[i] for i in keep],
-        paths=None if root else [files[i] for i in keep],
-        root=root,
+        [entry.id for entry, _ in keep],
+        [fact.samples for _, fact in keep],
+        [fact.sample_rate for _, fact in keep],
+        [entry.speaker for entry, _ in keep],
+        paths=None if listing.root else [entry.path for entry, _ in keep],
+        root=listing.root,
         report=report,
     )
     report.speakers = len(manifest.speakers)
-    log.log(logging.WARNING if report.unreadable or report.silent else logging.INFO, "%s: %s", root or key, report)
+    lost = report.unreadable or report.silent or report.missing or report.unsupported
+    log.log(logging.WARNING if lost else logging.INFO, "%s: %s", listing.root or key, report)
     return manifest
 
 
-# ---------------------------------------------------------------------------------------------- finding files
-def _files(source) -> tuple[str, list[str], list[str], list[str | None] | None, str | Manifest]:
-    """-> (root or "", paths, unique names, speakers or None, what the cache is keyed by)."""
-    if not isinstance(source, (str, os.PathLike)):
-        paths = [os.path.abspath(os.fspath(path)) for path in source]
-        unique = sorted(set(paths))
-        return "", unique, _names(unique), None, "\n".join(unique)
-    place = os.path.abspath(os.path.expanduser(os.fspath(source)))
-    if os.path.isdir(place):
-        names = sorted(_walk(place))
-        return place, [os.path.join(place, *name.split("/")) for name in names], names, None, place
-    if not os.path.exists(place):
-        raise FileNotFoundError(f"no folder or list of speech at {place}")
-    if place.lower().endswith(AUDIO_SUFFIXES):
-        return "", [place], [os.path.basename(place)], None, place
-    return _listed(place)
+def join_manifests(parts: Sequence[Manifest], sources: Sequence[str]) -> Manifest:
+    """One manifest of several sources, one behind the other; ids get the number of their source in front.
 
+    Raises ConfigError if one file has two speakers, or if speakers that were told by folders of the same name come from
+    two sources: nothing says that they are the same person.
 
-def _walk(root: str) -> Iterator[str]:
-    """Names, relative to ``root`` and with '/', of all sound files; links are followed, loops are not."""
-    stack, seen = [""], set()
-    while stack:
-        below = stack.pop()
-        folder = os.path.join(root, below) if below else root
-        real = os.path.realpath(folder)
-        if real in seen:
-            continue
-        seen.add(real)
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as problem:
-            log.warning("%s: folder is left out: %s", folder, _reason(problem))
-            continue
-        for entry in entries:
-            if entry.name.startswith("."):  # editors, macOS (._name.wav) and unfinished copies
-                continue
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.is_dir():
-                stack.append(name)
-            elif entry.name.lower().endswith(AUDIO_SUFFIXES):
-                yield name
-
-
-def _names(paths: list[str]) -> list[str]:
-    """Paths below their common folder, with '/'."""
-    if not paths:
-        return []
-    common = os.path.dirname(paths[0]) if len(paths) == 1 else os.path.commonpath(paths)
-    return [os.path.relpath(path, common).replace(os.sep, "/") for path in paths]
-
-
-def _listed(place: str) -> tuple[str, list[str], list[str], list[str | None] | None, str | Manifest]:
-    base, suffix = os.path.dirname(place), os.path.splitext(place)[1].lower()
-    if suffix not in LIST_SUFFIXES:
-        raise ConfigError(
-            f"{place}: got a file ending in {suffix or 'nothing'!r}, expected a folder, a list "
-            f"({', '.join(LIST_SUFFIXES)}) or a sound file ({', '.join(AUDIO_SUFFIXES)})"
-        )
-    with open(place, newline="", encoding="utf-8") as file:
-        text = file.read()
-    if text.startswith("id,path,samples,sample_rate,speaker"):
-        return "", [], [], None, Manifest.read(place)
-    rows: dict[str, tuple[str | None, str | None]] = {}
-    lines = csv.reader(io.StringIO(text)) if suffix == ".csv" else map(_columns, text.splitlines())
-    for number, parts in enumerate(lines, 1):
-        parts = [part.strip() for part in parts if part.strip()]
-        if not parts or parts[0].startswith("#") or (number == 1 and suffix == ".csv" and not _audio_columns(parts)):
-            continue
-        columns = _audio_columns(parts)
-        if len(columns) != 1 or len(parts) > 2:
-            raise ConfigError(
-                f"{place}, line {number}: got {' '.join(parts)!r}, expected one path of a "
-                f"{'/'.join(AUDIO_SUFFIXES)} file and at most one more column (the speaker); for names "
-                "with blanks make it a .csv"
-            )
-        path = parts[columns[0]]
-        other = parts[1 - columns[0]] if len(parts) == 2 else None
-        path = os.path.normpath(os.path.join(base, path))
-        rows[path] = (None, other) if suffix == ".scp" else (other, None)
-    paths = sorted(rows)
-    speakers = [rows[path][0] for path in paths]
-    given = [rows[path][1] for path in paths]
-    names = given if all(given) and len(set(given)) == len(given) else _names(paths)
-    return "", paths, names, speakers if any(speakers) else None, place
-
-
-def _columns(line: str) -> list[str]:
-    return line.split("\t") if "\t" in line else line.split()
-
-
-def _audio_columns(parts: list[str]) -> list[int]:
-    return [index for index, part in enumerate(parts) if part.lower().endswith(AUDIO_SUFFIXES)]
-
-
-def _speakers(
-    names: list[str], layout: str, given: list[str | None] | None, paths: list[str]
-) -> tuple[str, list[str | None]]:
-    if given is not None and layout == "auto":
-        return "list", given
-    vox = [_VOXCELEB.search(path.replace(os.sep, "/")) for path in paths] if layout in ("auto", "voxceleb") else []
-    if vox and all(vox):
-        return "voxceleb", [match.group(1) for match in vox]
-    if layout == "voxceleb":
-        odd = next((path for path, match in zip(paths, vox, strict=True) if not match), "nothing")
-        raise ConfigError(
-            f"got {odd}, expected .../id00012/<video>/<name>.wav; for other folders pass layout='speaker'"
-        )
-    deep = bool(names) and all("/" in name for name in names)
-    if layout == "speaker" and not deep:
-        odd = next(name for name in names if "/" not in name)
-        raise ConfigError(f"got {odd!r}, expected <speaker>/<name>.wav for every file; else pass layout='none'")
-    if layout == "speaker" or (layout == "auto" and deep):
-        return "speaker", [name.split("/")[0] for name in names]
-    return "none", [None] * len(names)
-
-
-# ---------------------------------------------------------------------------------------------- looking at files
-def _look(path: str, fact: _Fact, decode: bool) -> None:
-    import soundfile
-
-    try:
-        if not decode:
-            header = soundfile.info(path)
-            fact.samples, fact.sample_rate = int(header.frames), int(header.samplerate)
-        else:
-            peak, samples = 0.0, 0
-            with soundfile.SoundFile(path) as file:
-                fact.sample_rate = int(file.samplerate)
-                for block in file.blocks(1 << 18, dtype="float32"):
-                    samples += len(block)
-                    peak = max(peak, float(np.abs(block).max(initial=0.0)))
-            fact.samples = samples
-            fact.peak_db = 20 * float(np.log10(max(peak, 1e-10)))
-        if fact.samples <= 0 or fact.sample_rate <= 0:
-            fact.error = "holds no samples"
-        elif fact.samples > 1 << 40:  # streams of unknown length carry a nonsense count
-            fact.error = f"header claims {fact.samples} samples"
-    except (OSError, RuntimeError, ValueError) as problem:  # soundfile's own errors are RuntimeErrors
-        fact.error = _reason(problem)
-
-
-def _reason(problem: BaseException) -> str:
-    text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
-    return " ".join(str(text).split())[:160]
-
-
-def _for_all(work: Callable[[str], None], items: list[str], workers: int, progress: bool, what: str) -> None:
-    """Run ``work`` on all items in threads (libsndfile lets go of the interpreter while it reads)."""
-    from tqdm import tqdm
-
-    chunks = [items[start : start + 64] for start in range(0, len(items), 64)]  # a future per file costs a kilobyte
-
-    def chunk_of(paths: list[str]) -> int:
-        for path in paths:
-            work(path)
-        return len(paths)
-
-    with (
-        ThreadPoolExecutor(max(1, workers)) as pool,
-        tqdm(total=len(items), desc=what, unit="file", disable=not progress or not items, delay=2) as bar,
-    ):
-        for done in pool.map(chunk_of, chunks):
-            bar.update(done)
-
-
-# ---------------------------------------------------------------------------------------------- cache
-def _cache_path(key: str, cache: str | os.PathLike | bool | None) -> Path:
-    if cache is not None and not isinstance(cache, bool):
-        return Path(cache)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "s3prl_speaker_upstreams" / "manifests" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.csv"
-
-
-def _cached_facts(key: str, cache: str | os.PathLike | bool | None) -> dict[str, _Fact]:
-    if cache is False:
-        return {}
-    path = _cache_path(key, cache)
-    facts: dict[str, _Fact] = {}
-    try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            head = json.loads(file.readline())
-            if head.get("version") != _CACHE_VERSION:
-                return {}
-            for name, size, mtime, samples, rate, peak, error in csv.reader(file):
-                facts[name] = _Fact(int(size), int(mtime), int(samples), int(rate), float(peak), error)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError) as problem:
-        log.warning("%s: manifest cache is not readable (%s); the files are scanned again", path, _reason(problem))
-        return {}
-    return facts
-
-
-def _write_cache(key: str, cache: str | os.PathLike | bool | None, facts: dict[str, _Fact]) -> None:
-    rows = io.StringIO()
-    rows.write(json.dumps({"version": _CACHE_VERSION, "columns": ["path", *_Fact.__slots__]}) + "\n")
-    writer = csv.writer(rows, lineterminator="\n")
-    for path, fact in facts.items():
-        # What failed is not remembered: a disk that was away, or a copy under way, must not stay 'unreadable'.
-        if not fact.error:
-            writer.writerow([path, *fact.row()])
-    try:
-        write_text(_cache_path(key, cache), rows.getvalue())
-    except OSError as problem:  # a read-only or full home must not stop a training
-        log.warning("the manifest could not be cached: %s", _reason(problem))
+    >>> a = Manifest(["1.wav"], [16000], [16000], ["ann"], root="/a", report=ScanReport(layout="speaker"))
+    >>> b = Manifest(["1.wav"], [16000], [16000], ["bob"], root="/b", report=ScanReport(layout="speaker"))
+    >>> [item.id for item in join_manifests([a, b], ["a", "b"])]
+    ['0/1.wav', '1/1.wav']
+    """
+    if len(parts) == 1:
+        return parts[0]
+    by_folder: dict[str, int] = {}
+    of_file: dict[str, str | None] = {}
+    for number, part in enumerate(parts):
+        if part.report.layout == "speaker":
+            for name in part.speakers:
+                if by_folder.setdefault(name, number) != number:
+                    raise ConfigError(
+                        f"{sources[by_folder[name]]} and {sources[number]} both have a folder {name!r}, which would be "
+                        "one speaker; if they are the same people, write one list with 'speaker path' lines, else "
+                        "rename the folders"
+                    )
+        for item in part:
+            real = os.path.realpath(item.path)
+            if of_file.setdefault(real, item.speaker) != item.speaker:
+                raise ConfigError(
+                    f"{item.path} is in two sources with two speakers, {of_file[real]!r} and {item.speaker!r}"
+                )
+    items = [(f"{number}/{item.id}", item) for number, part in enumerate(parts) for item in part]
+    layouts = {part.report.layout for part in parts}
+    report = ScanReport(layout=layouts.pop() if len(layouts) == 1 else "mixed")
+    for part in parts:
+        report.add(part.report)
+    joined = Manifest(
+        [name for name, _ in items],
+        [item.samples for _, item in items],
+        [item.sample_rate for _, item in items],
+        [item.speaker for _, item in items],
+        paths=[item.path for _, item in items],
+        report=report,
+    )
+    report.speakers = len(joined.speakers)
+    return joined

@@ -27,7 +27,7 @@ SAMPLE_RATE = 16000
 
 def make_manifest(config: PretrainConfig) -> Any:
     """One manifest of all ``data.train`` folders and lists; several are put one behind the other."""
-    from ..data.manifest import Manifest, build_manifest
+    from ..data.manifest import build_manifest, join_manifests
 
     data = config.data
     if not data.train:
@@ -47,16 +47,10 @@ def make_manifest(config: PretrainConfig) -> Any:
         )
         logger.info("%s: %s", source, part.report)
         parts.append(part)
-    if len(parts) == 1:
-        return parts[0]
-    utterances = [(f"{i}/{u.id}", u) for i, part in enumerate(parts) for u in part]
-    return Manifest(
-        [name for name, _ in utterances],
-        [u.samples for _, u in utterances],
-        [u.sample_rate for _, u in utterances],
-        [u.speaker for _, u in utterances],
-        paths=[u.path for _, u in utterances],
-    )
+    manifest = join_manifests(parts, data.train)
+    if is_main():
+        logger.info("layout %r: %s", manifest.report.layout, manifest.describe_speakers())
+    return manifest
 
 
 def make_augmenter(config: AugmentConfig) -> Augmenter | None:

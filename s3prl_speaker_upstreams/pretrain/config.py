@@ -80,7 +80,7 @@ class DataConfig:
     """Where the speech is and how it is cut."""
 
     train: list[str] = field(default_factory=list)  # folders or list files
-    layout: Literal["auto", "voxceleb", "speaker", "none"] = "auto"
+    layout: Literal["auto", "list", "voxceleb", "librispeech", "speaker", "none"] = "auto"  # see data/lists.py
     min_seconds: float = 1.0
     silence_db: float | None = None  # None: silence is looked for when a segment is read, not when files are listed
     global_crops: int = 2

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from s3prl_speaker_upstreams.data import manifest as module
-from s3prl_speaker_upstreams.data.manifest import Manifest, NoSpeech, build_manifest
+from s3prl_speaker_upstreams.common import files
+from s3prl_speaker_upstreams.data import scan
+from s3prl_speaker_upstreams.data.manifest import Manifest, NoSpeech, ScanReport, build_manifest, join_manifests
 from s3prl_speaker_upstreams.errors import ConfigError
 
 
@@ -68,42 +69,8 @@ def test_flat_folder_has_no_speakers(tmp_path):
     assert found[0].speaker is None
     with pytest.raises(ConfigError, match="'a.wav'.*<speaker>/<name>"):
         build(tmp_path, layout="speaker")
-    with pytest.raises(ConfigError, match="auto, voxceleb, speaker, none"):
+    with pytest.raises(ConfigError, match="auto, list, voxceleb, librispeech, speaker, none"):
         build(tmp_path, layout="kaldi")
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.txt", "ann ann/1.wav\nbob bob/2.wav\n"),
-        ("a.lst", "ann/1.wav ann\n\n# comment\nbob/2.wav bob\n"),
-        ("a.tsv", "ann/1.wav\tann\nbob/2.wav\tbob\n"),
-        ("a.csv", "path,speaker\nann/1.wav,ann\nbob/2.wav,bob\n"),
-    ],
-)
-def test_lists_with_speakers(tmp_path, name, text):
-    write(tmp_path / "ann" / "1.wav"), write(tmp_path / "bob" / "2.wav", 2.0)
-    (tmp_path / name).write_text(text)
-    found = build(tmp_path / name)
-    assert found.speakers == ["ann", "bob"]
-    assert [item.path for item in found] == [str(tmp_path / "ann" / "1.wav"), str(tmp_path / "bob" / "2.wav")]
-    assert found.durations.tolist() == [1.5, 2.0]
-
-
-def test_lists_without_speakers(tmp_path):
-    first, second = write(tmp_path / "with blank.wav"), write(tmp_path / "x" / "b.wav")
-    (tmp_path / "plain.csv").write_text(f"{second}\nwith blank.wav\n")
-    assert {item.path for item in build(tmp_path / "plain.csv")} == {str(first), str(second)}
-    (tmp_path / "plain.txt").write_text(f"{second}\n")
-    assert [item.path for item in build(tmp_path / "plain.txt")] == [str(second)]
-    (tmp_path / "wav.scp").write_text(f"utt-1 {first.name.replace(' ', '_')}\nutt-2 x/b.wav\n")
-    found = build(tmp_path / "wav.scp")
-    assert [item.id for item in found] == ["utt-2"] and found.speakers == []
-    assert found.report.unreadable == 1  # with_blank.wav does not exist
-    assert len(build([first, second])) == 2 and len(build(second)) == 1
-    (tmp_path / "bad.txt").write_text("x/b.wav one two\n")
-    with pytest.raises(ConfigError, match="bad.txt, line 1"):
-        build(tmp_path / "bad.txt")
 
 
 def test_nothing_usable_says_what_was_found(tmp_path):
@@ -121,10 +88,8 @@ def test_cache_opens_only_what_changed(tmp_path, monkeypatch):
     for name in "abc":
         write(folder / f"{name}.wav")
     opened = []
-    look = module._look
-    monkeypatch.setattr(
-        module, "_look", lambda path, fact, decode: (opened.append(Path(path).name), look(path, fact, decode))
-    )
+    probe = scan.probe
+    monkeypatch.setattr(scan, "probe", lambda path: (opened.append(Path(path).name), probe(path))[1])
     first = build(folder, cache=cache)
     assert sorted(opened) == ["a.wav", "b.wav", "c.wav"]
     opened.clear()
@@ -157,7 +122,7 @@ def test_unreadable_is_not_remembered_and_a_damaged_cache_is_rebuilt(tmp_path, c
     bad.write_bytes(content)
     os.utime(bad, ns=(stamp, stamp))  # as if a disk had come back: same size, same time
     assert len(build(tmp_path / "d", cache=cache)) == 2
-    cache.write_text('{"version": 1}\nnot,a,cache\n')
+    cache.write_text('{"version": 2}\nnot,a,cache\n')
     assert len(build(tmp_path / "d", cache=cache)) == 2
     assert "not readable" in caplog.text
 
@@ -192,7 +157,7 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(module.os, "replace", fails)
+    monkeypatch.setattr(files.os, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
         Manifest(["b"], [1], [1]).write(target)
     assert target.read_text() == old and list(tmp_path.iterdir()) == [target]
@@ -207,6 +172,64 @@ def test_split_speakers_is_disjoint_and_complete():
     assert out.labels.max() == 1
     with pytest.raises(ConfigError, match="hold out 7 of 7"):
         manifest.split_speakers(7)
+
+
+def test_cut_off_files_and_absurd_rates_are_unusable_counted_and_named(tmp_path):
+    good = write(tmp_path / "ann" / "a.wav", 2.0)
+    (tmp_path / "ann" / "half.wav").write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    slow = bytearray(good.read_bytes())
+    slow[24:28] = (1).to_bytes(4, "little")  # the header says 1 Hz: "an hour of speech"
+    (tmp_path / "ann" / "slow.wav").write_bytes(slow)
+    for silence_db in (None, -60):
+        found = build(tmp_path, silence_db=silence_db)
+        assert [item.id for item in found] == ["ann/a.wav"] and found.seconds == 2.0
+        assert found.report.unreadable == 2
+        assert "half.wav (got" in str(found.report) and "sample rate of 1 Hz" in str(found.report)
+
+
+def test_other_kinds_are_read_or_counted_and_hidden_files_left(tmp_path):
+    tone = np.random.default_rng(0).normal(0, 0.1, 32000)
+    (tmp_path / "ann").mkdir()
+    for suffix, kind in ((".mp3", "MP3"), (".aiff", "AIFF"), (".sph", "NIST"), (".opus", "OGG")):
+        options = {"subtype": "OPUS"} if suffix == ".opus" else {}
+        soundfile.write(tmp_path / "ann" / f"a{suffix}", tone, 16000, format=kind, **options)
+    for name in ("b.m4a", "c.m4a", "d.wma", "._a.wav"):
+        (tmp_path / "ann" / name).write_bytes(b"?")
+    found = build(tmp_path)
+    assert sorted(Path(item.id).suffix for item in found) == [".aiff", ".mp3", ".opus", ".sph"]
+    assert found.report.unsupported == {".m4a": 2, ".wma": 1}
+    assert "3 of a kind that cannot be read (2 .m4a, 1 .wma)" in str(found.report)
+
+
+def test_stereo_is_silent_where_its_mean_is(tmp_path):
+    wav = np.random.default_rng(0).normal(0, 0.1, 32000)
+    soundfile.write(tmp_path / "opposed.wav", np.stack([wav, -wav], 1), 16000, subtype="FLOAT")
+    write(tmp_path / "a.wav")
+    assert build(tmp_path, silence_db=-60).report.silent == 1
+
+
+def test_several_sources_make_one_manifest_or_are_refused(tmp_path):
+    write(tmp_path / "one" / "ann" / "1.wav"), write(tmp_path / "two" / "bob" / "1.wav", 2.0)
+    write(tmp_path / "two" / "bob" / "short.wav", 0.1)
+    joined = join_manifests([build(tmp_path / "one"), build(tmp_path / "two")], ["one", "two"])
+    assert [item.id for item in joined] == ["0/ann/1.wav", "1/bob/1.wav"] and joined.speakers == ["ann", "bob"]
+    assert (joined.report.found, joined.report.kept, joined.report.too_short) == (3, 2, 1)
+    write(tmp_path / "two" / "ann" / "1.wav")
+    with pytest.raises(ConfigError, match="one and two both have a folder 'ann'"):
+        join_manifests([build(tmp_path / "one"), build(tmp_path / "two")], ["one", "two"])
+    (tmp_path / "list.txt").write_text("x one/ann/1.wav\nx two/bob/1.wav\ny two/ann/1.wav\n")
+    with pytest.raises(ConfigError, match="two speakers, 'ann' and 'x'"):
+        join_manifests([build(tmp_path / "one"), build(tmp_path / "list.txt")], ["one", "list"])
+
+
+def test_the_largest_speakers_are_told():
+    names = [f"s{n}" for n in range(8) for _ in range(n + 1)]
+    manifest = Manifest([str(i) for i in range(len(names))], [1] * len(names), [1] * len(names), names)
+    assert manifest.describe_speakers() == "8 speakers, most recordings: s7 8, s6 7, s5 6, s4 5, s3 4"
+    assert Manifest(["a"], [1], [1]).describe_speakers() == "0 speakers; 1 recordings of unknown speakers"
+    report = ScanReport(found=1)
+    report.add(ScanReport(found=2, unsupported={".m4a": 1}))
+    assert report.found == 3 and report.unsupported == {".m4a": 1}
 
 
 def test_ids_are_unique():
