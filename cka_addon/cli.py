@@ -123,6 +123,11 @@ example:
     )
     p.add_argument("-a", "--audio", metavar="PATH", help="recordings to measure them on")
     p.add_argument("--store", metavar="STORE", help="or a feature store of the upstream")
+    p.add_argument(
+        "--other-model",
+        action="store_true",
+        help="take the norms although the model's name or checkpoint is not the one the tasks were trained with",
+    )
     p.add_argument("--store-model", metavar="NAME", help="its name in the store, where there are several")
     p.add_argument("--limit", type=int, default=100, metavar="N", help="utterances to measure on (default 100)")
     p.add_argument("--formats", default="png,pdf", help="endings, with commas (default png,pdf)")
@@ -340,7 +345,7 @@ def _layer_weights(args: argparse.Namespace) -> int:
         layers, norms, how = layer_weights.measure_norms(
             source, args.audio, model=args.store_model, limit=args.limit, progress=not args.quiet
         )
-        items = [layer_weights.correct(w, layers, norms, how) for w in items]
+        items = [layer_weights.correct(w, layers, norms, how, other_model=args.other_model) for w in items]
     else:
         logger.warning("weights only: layers differ in norm, give --store or --model and --audio for corrected shares")
     out, formats = Path(args.out), args.formats.split(",")

@@ -31,6 +31,9 @@ ESTIMATORS = {
 MIN_EXAMPLES = {False: 4, True: 2}
 # A layer whose spread is below this share of its common mean is constant as far as float32 can tell (eps = 1.2e-7).
 _CONSTANT = 1e-6
+# Means of frames that vary by less than this share of a frame: float16 features of a mean-normalised layer leave 4e-5,
+# an hour of independent frames 2e-3.
+_CONSTANT_MEANS = 5e-4
 # Any vector near the mean will do as shift, as the row sums are kept: the mean of so many rows saves a pass over all.
 
 
@@ -121,14 +124,35 @@ def spread(layers: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(variance), np.array(mean_sq)
 
 
-def check_varies(variance: np.ndarray, mean_sq: np.ndarray, *, names: Sequence[str], where: str = "") -> None:
-    """Raise ConstantLayer naming the first layer whose variance is nothing beside its mean."""
+def check_varies(
+    variance: np.ndarray,
+    mean_sq: np.ndarray,
+    *,
+    names: Sequence[str],
+    where: str = "",
+    frame_power: np.ndarray | None = None,
+) -> None:
+    """Raise ConstantLayer naming the first layer whose variance is nothing beside its mean, or beside its frames.
+
+    frame_power : mean square norm of a frame, where the examples are means of frames: what is left of a mean that was
+        taken away is rounding noise, however it compares with itself
+    """
     constant = np.flatnonzero(variance <= _CONSTANT**2 * mean_sq)
     if constant.size:
         raise ConstantLayer(
             f"layer {names[constant[0]]} is constant{where}: the variance of its features is "
             f"{variance[constant[0]]:.3g} about a mean of norm {math.sqrt(mean_sq[constant[0]]):.3g}; CKA with a "
             "constant is 0 / 0: leave the layer out, or check the model and its input"
+        )
+    if frame_power is None:
+        return
+    constant = np.flatnonzero(variance <= _CONSTANT_MEANS**2 * frame_power)
+    if constant.size:
+        raise ConstantLayer(
+            f"layer {names[constant[0]]} has no utterance means to compare{where}: they vary by "
+            f"{math.sqrt(max(0.0, variance[constant[0]])):.3g} where frames have a norm of "
+            f"{math.sqrt(frame_power[constant[0]]):.3g}; it is normalised to mean 0 in every recording, and what is "
+            "left is rounding noise: leave the layer out (layers=), or compare its frames"
         )
 
 

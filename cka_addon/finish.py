@@ -37,7 +37,17 @@ def finish(state: State) -> CKAResult:
     if examples >= smallest and state.variation:
         _, variance, mean = pool_variation([state.variation[b] for b in sorted(state.variation)], state.dims)
         starts = np.concatenate([[0], np.cumsum(state.dims)[:-1]]).astype(int)
-        check_varies(variance, np.add.reduceat(mean**2, starts), names=names, where=f" over all {used} utterances")
+        power = None
+        if state.power:
+            counts_ = np.array([n for n, _ in state.power.values()], dtype=np.float64)
+            power = counts_ @ np.stack([p for _, p in state.power.values()]) / counts_.sum()
+        check_varies(
+            variance,
+            np.add.reduceat(mean**2, starts),
+            names=names,
+            where=f" over all {used} utterances",
+            frame_power=power,
+        )
     if options.mode == "minibatch":
         batches = sum(b.batches for b in blocks)
         if not batches:

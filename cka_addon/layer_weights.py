@@ -7,6 +7,7 @@ share is w_l * |h_l| / sum_k w_k * |h_k| with |h_l| the mean norm of a frame of 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import pickle
 import re
@@ -99,6 +100,7 @@ def read_layer_weights(path: str | Path, *, task: str | None = None) -> LayerWei
             "checkpoint_sha256": provenance.file_sha256(path),
             "step": states.get("Step"),
             "upstream_ckpt": args.get("upstream_ckpt"),
+            "upstream_model_config": args.get("upstream_model_config"),
             "feature": args.get("upstream_feature_selection", "hidden_states"),
             "normalize": bool(args.get("upstream_feature_normalize", False)),
         },
@@ -106,7 +108,10 @@ def read_layer_weights(path: str | Path, *, task: str | None = None) -> LayerWei
 
 
 def read_many(paths: Sequence[str | Path]) -> list[LayerWeights]:
-    """Checkpoints, or folders of one run (the newest states-N.ckpt is taken); "TASK=PATH" names a task.
+    """Checkpoints, or folders of one run; "TASK=PATH" names a task.
+
+    Of a folder of run_downstream the best or the newest states-N.ckpt is taken, of a folder of recipes/superb
+    (EXP/UPSTREAM/TASK) the chosen one.
 
     Two runs of one task are told apart by their folders' names.
     """
@@ -115,6 +120,8 @@ def read_many(paths: Sequence[str | Path]) -> list[LayerWeights]:
         text = str(item)
         match = re.match(r"^([A-Za-z0-9_.+ -]+)=(.+)$", text)
         task, path = (match.group(1), Path(match.group(2))) if match and not Path(text).exists() else (None, Path(text))
+        if path.is_dir():
+            path = _chosen(path) or path
         if path.is_dir():
             states = sorted(path.glob("states-*.ckpt"), key=lambda p: int(re.sub(r"\D", "", p.stem) or 0))
             best = [*sorted(path.glob("dev-best.ckpt")), *sorted(path.glob("*best*.ckpt"))]
@@ -129,6 +136,31 @@ def read_many(paths: Sequence[str | Path]) -> list[LayerWeights]:
         if names.count(w.task) > 1:
             w.task = f"{w.task} ({Path(w.details['checkpoint']).parent.name})"
     return found
+
+
+def _chosen(folder: Path) -> Path | None:
+    """The checkpoint that recipes/superb chose, in EXP/UPSTREAM/TASK (of its first fold); None elsewhere."""
+    choice = folder / "choice.json"
+    if not choice.is_file():
+        if any(folder.glob("lr*")) and not any(folder.glob("*.ckpt")):
+            raise CheckpointError(
+                f"{folder}: no choice.json in it, training or choosing is not finished; run the choose stage, or name "
+                "one of its lr* folders"
+            )
+        return None
+    try:
+        chosen = next(iter(json.loads(choice.read_text(encoding="utf-8"))["checkpoints"].values()))
+    except (ValueError, KeyError, StopIteration, AttributeError) as error:
+        raise CheckpointError(
+            f"{choice}: names no checkpoint ({error!r}); a task without a probe to train has no layer weights"
+        ) from error
+    path = Path(chosen)
+    # The experiment may have been moved since: then the same path below the folder.
+    tail = path.parts[path.parts.index(folder.name) + 1 :] if folder.name in path.parts else path.parts[-2:]
+    for candidate in (path, folder.joinpath(*tail)):
+        if candidate.is_file():
+            return candidate
+    raise CheckpointError(f"{choice}: chose {chosen}, which does not exist; was it removed or moved?")
 
 
 def measure_norms(
@@ -158,7 +190,7 @@ def measure_norms(
         info = source.infos[position]
         ids = [source.ids[i] for i in sorted(rng.permutation(len(source.ids))[:limit])]
         stream = (source.read(name).layers[position] for name in ids)
-        about = {"store": str(source.path)}
+        about: dict[str, object] = {"store": str(source.path)}
     else:
         if recordings is None:
             raise SpecError("got a model but no recordings; expected recordings to measure the layers' norms on")
@@ -170,8 +202,16 @@ def measure_norms(
         about = {
             "model": info.name,
             "recordings": str(recordings),
-            "weights_sha256": info.provenance.get("weights_sha256"),
         }
+    options = info.provenance.get("options") or {}
+    about |= {
+        "upstream": info.provenance.get("upstream", info.name),
+        "weights_sha256": info.provenance.get("weights_sha256"),
+        "ckpt": options.get("ckpt"),
+        "ckpt_sha256": info.provenance.get("ckpt_sha256"),
+        "model_config": options.get("model_config"),
+        "model_config_sha256": info.provenance.get("model_config_sha256"),
+    }
     total, count = np.zeros(len(info.layers)), 0
     for layers in tqdm(stream, total=len(ids), desc="norms", unit="utt", disable=not progress):
         total += [float(x.norm(dim=1).sum(dtype=torch.float64)) for x in layers]
@@ -182,12 +222,19 @@ def measure_norms(
 
 
 def correct(
-    weights: LayerWeights, layers: Sequence[str], norms: np.ndarray, how: Mapping | None = None
+    weights: LayerWeights,
+    layers: Sequence[str],
+    norms: np.ndarray,
+    how: Mapping | None = None,
+    *,
+    other_model: bool = False,
 ) -> LayerWeights:
     """Add the shares corrected for the layers' norms, w_l |h_l| / sum_k w_k |h_k|.
 
     A run with --upstream_feature_normalize has equal norms by construction: its shares are its weights.
-    Raises CheckpointError where the numbers of layers differ.
+    how : what the norms were measured on (`measure_norms`): the upstream and its checkpoint must be those of the run
+    other_model : take the norms although they are of another model by name, or cannot be told to be of the same one
+    Raises CheckpointError where the numbers of layers or the models differ.
 
     >>> w = correct(LayerWeights("pr", "x", np.array([0.5, 0.5])), ["a", "b"], np.array([1.0, 3.0]))
     >>> w.corrected.tolist()
@@ -198,11 +245,45 @@ def correct(
             f"{weights.task}: has {len(weights.weights)} layer weights, the norms are of {len(norms)} layers; "
             "expected norms of all layers of the same upstream"
         )
+    if how and not other_model and (differs := _another_model(weights, how)):
+        raise CheckpointError(
+            f"{weights.task}: {differs}; expected norms of the run's own upstream: measure them with "
+            f"{_as_model(weights)}, or say that it is the same model with --other-model"
+        )
     weights.norms, weights.layers = np.asarray(norms, np.float64), tuple(layers)
     scaled = weights.weights * (1.0 if weights.details.get("normalize") else weights.norms)
     weights.corrected = scaled / scaled.sum()
     weights.details["norms"] = dict(how or {})
     return weights
+
+
+def _another_model(weights: LayerWeights, how: Mapping) -> str | None:
+    """How the model of the norms differs from the run's upstream; None where it is the same."""
+    if "upstream" not in how:
+        return None
+    if str(how["upstream"]) != weights.upstream:
+        return f"was trained on upstream {weights.upstream}, the norms are of {how['upstream']}"
+    for run, mine in (("upstream_ckpt", "ckpt"), ("upstream_model_config", "model_config")):
+        theirs, ours = weights.details.get(run) or None, how.get(mine) or None
+        if theirs == ours:
+            continue
+        if not theirs or not ours:
+            return f"was trained with {run}={theirs}, the norms are of a model with {mine}={ours}"
+        path = Path(str(theirs)).expanduser()
+        if path.is_file() and how.get(f"{mine}_sha256"):
+            if provenance.file_sha256(path) != how[f"{mine}_sha256"]:
+                return f"was trained with {run}={theirs}, the norms are of another file, {ours}"
+        elif path.resolve() != Path(str(ours)).expanduser().resolve():
+            return f"was trained with {run}={theirs} (not here to compare), the norms are of {ours}"
+    return None
+
+
+def _as_model(weights: LayerWeights) -> str:
+    options = {
+        "ckpt": weights.details.get("upstream_ckpt"),
+        "model_config": weights.details.get("upstream_model_config"),
+    }
+    return " ".join([f'-m "s3prl:{weights.upstream}', *(f"{k}={v}" for k, v in options.items() if v)]) + '"'
 
 
 def table(items: Sequence[LayerWeights]):

@@ -130,6 +130,8 @@ def gather(
         names=names,
     )
     check_examples(source, options)
+    if overlap := getattr(source, "overlap", None):
+        announce(overlap)
     ids = source.ids
     index, count = parse_shard(shard)
     rank, world = _distributed()
@@ -150,7 +152,9 @@ def gather(
         "models": [{k: v for k, v in i.to_dict().items() if k != "provenance"} for i in source.infos],
         "weights": [i.provenance.get("weights_sha256") for i in source.infos],
         "utterances": len(ids),
-        "utterances_sha256": hashlib.sha256("\n".join(ids).encode()).hexdigest(),
+        "utterances_sha256": hashlib.sha256(
+            "\n".join(f"{name}\t{source.seconds(name):.2f}" for name in ids).encode()
+        ).hexdigest(),
     }
     plan = json.loads(json.dumps(plan))
     state = State(plan, list(source.infos), options, form, left_out=dict(source.left_out))
@@ -214,14 +218,15 @@ def _reduce(state: State) -> None:
     import torch.distributed as dist
 
     small = [None] * dist.get_world_size()
-    mine = (state.blocks, state.features, state.left_out, state.variation)
+    mine = (state.blocks, state.features, state.left_out, state.variation, state.power)
     shifts = {k: getattr(state, k).shift.cpu() for k in ("total", "total_baseline") if getattr(state, k) is not None}
     dist.all_gather_object(small, (mine, shifts))
-    for (blocks, features, left_out, variation), _ in small:
+    for (blocks, features, left_out, variation, power), _ in small:
         state.blocks.update(blocks)
         state.features.update(features)
         state.left_out.update(left_out)
         state.variation.update(variation)
+        state.power.update(power)
     for name in ("total", "total_baseline"):
         shift = next((s[name] for _, s in small if name in s), None)
         if shift is None:
@@ -265,6 +270,8 @@ class Runner:
         """Examples of utterance after utterance; bad recordings are left out and counted."""
         for utterance in iterate(self.source, ids, skip=self.skip, tick=tick):
             layers = examples_of(utterance, self.state.infos, self.options)
+            if self.options.examples == "means":
+                self._power.append(utterance.frame_power())
             if len(layers[0]):
                 yield [x.to(self.device) for x in layers]
         self.state.left_out.update(self.source.left_out)
@@ -274,6 +281,7 @@ class Runner:
         block = Block(utterances=len(ids))
         rng = np.random.default_rng([self.options.seed, 1, number])
         self._variation: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._power: list[np.ndarray] = []
         stream = self.examples(ids, tick)
         if self.options.mode == "minibatch":
             self._minibatches(block, stream, rng)
@@ -290,6 +298,8 @@ class Runner:
         self.state.blocks[number] = block
         if self._variation:
             self.state.variation[number] = pool_variation(self._variation, self.state.dims)
+        if self._power:
+            self.state.power[number] = (len(self._power), np.mean(self._power, 0))
 
     def _note(self, layers: Sequence[Tensor]) -> None:
         """Keep variance and mean of the layers, so that a constant one is found whatever the estimator makes of it."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cka_addon import align, audio
-from cka_addon.errors import AudioError, NonFinite, SpecError
+from cka_addon.errors import AudioError, NonFinite, SpecError, StoreError
 from cka_addon.estimators import check_finite
 from cka_addon.models import Model, ModelInfo, check_names, load_models
 from cka_addon.options import Options
@@ -137,10 +137,29 @@ class StoreSource:
                 "expected stores of the same recordings, found from the same folder or list"
             )
         self.ids = sorted(common)
+        self._same_recordings()
         everything = set[str]().union(*(s.ids for s in self.stores))
         self.left_out = {name: "not in every store" for name in sorted(everything - common)}
         for store in self.stores:
             self.left_out.update({name: problem for name, problem in store.skipped.items() if name not in common})
+        self.overlap: str | None = None
+        if everything - common:
+            sizes = ", ".join(f"{len(store.ids)} in {store.path}" for store in self.stores)
+            self.overlap = (
+                f"{len(common)} of {len(everything)} utterances are in every store ({sizes}); the rest is left out"
+            )
+
+    def _same_recordings(self) -> None:
+        """Raise StoreError where stores hold different recordings under the same names."""
+        first = self.stores[0]
+        for store in self.stores[1:]:
+            found = [(name, how) for name in self.ids if (how := first.differs(store, name))]
+            if found:
+                raise StoreError(
+                    f"{len(found)} of {len(self.ids)} utterances are different recordings in {first.path} and "
+                    f"{store.path}, first '{found[0][0]}': {found[0][1]}; expected stores of the same recordings: dump "
+                    "them from one folder or list, with ids that tell them apart"
+                )
 
     def seconds(self, utterance: str) -> float:
         """Length of an utterance."""
@@ -163,6 +182,7 @@ class StoreSource:
             parts[0].seconds,
             [instants for part in parts for instants in part.instants],
             [info.clock for info in self.infos],
+            power=np.concatenate([part.frame_power() for part in parts]) if parts[0].power is not None else None,
         )
 
     def count(self, utterance: str) -> int:

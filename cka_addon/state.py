@@ -43,6 +43,7 @@ class State:
     total, total_baseline : accumulators over all blocks (full mode, streaming form)
     features : per block, the examples themselves (full mode, Gram form)
     variation : per block, (examples, variance of every layer, mean of every feature), to find constant layers
+    power : per block, (utterances, mean square of a frame in every layer), where examples are utterance means
     """
 
     plan: dict
@@ -55,6 +56,7 @@ class State:
     features: dict[int, list[Tensor]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     variation: dict[int, tuple[int, np.ndarray, np.ndarray]] = field(default_factory=dict)
+    power: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
     made_by: list[dict] = field(default_factory=list)
 
     @property
@@ -82,6 +84,7 @@ class State:
         self.features.update(other.features)
         self.left_out.update(other.left_out)
         self.variation.update(other.variation)
+        self.power.update(other.power)
         self.made_by += other.made_by
         for name in ("total", "total_baseline"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -122,6 +125,7 @@ class State:
             "left_out": self.left_out,
             "made_by": self.made_by,
             "n": {k: getattr(self, k).n for k in ("total", "total_baseline") if getattr(self, k) is not None},
+            "power": {b: [n, power.tolist()] for b, (n, power) in self.power.items()},
             "variation": {b: n for b, (n, _, _) in self.variation.items()},
             "blocks": {
                 b: {k: getattr(x, k) for k in ("utterances", "examples", "dropped", "batches")}
@@ -163,6 +167,7 @@ class State:
         if state.form == "gram" and state.options.mode == "full":
             for b in state.blocks:
                 state.features[b] = [tensors[f"features/{b}/{i}"] for i in range(len(state.dims))]
+        state.power = {int(b): (n, np.array(power)) for b, (n, power) in about.get("power", {}).items()}
         for b, n in about["variation"].items():
             both = tensors[f"variation/{b}"].numpy()
             state.variation[int(b)] = (n, both[: len(state.dims)], both[len(state.dims) :])

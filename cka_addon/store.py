@@ -137,6 +137,17 @@ class FeatureStore:
         """Length of an utterance in seconds."""
         return float(self.entries[utterance]["seconds"])
 
+    def differs(self, other: FeatureStore, utterance: str) -> str | None:
+        """How the recording of an utterance differs from the one in another store; None where it is the same.
+
+        By the digest of the samples, or by the length where one of the stores is of a version that kept none.
+        """
+        mine, theirs = self.entries[utterance], other.entries[utterance]
+        if abs(mine["seconds"] - theirs["seconds"]) > 1e-3:
+            return f"{mine['seconds']:.3f} s and {theirs['seconds']:.3f} s long"
+        one, two = mine.get("samples_sha256"), theirs.get("samples_sha256")
+        return f"other samples ({one} and {two})" if one and two and one != two else None
+
     def frames(self, utterance: str) -> list[int]:
         """Stored frames of an utterance, per model."""
         return list(self.entries[utterance]["frames"])
@@ -157,7 +168,9 @@ class FeatureStore:
             a, n = entry["start"][m], entry["frames"][m]
             layers.append([handle.get_slice(f"{info.name}/{layer}")[a : a + n].float() for layer in info.layers])
         instants = np.array(entry["instants"]) if "instants" in entry else None
-        return Utterance(utterance, layers, float(entry["seconds"]), [instants] * len(layers))
+        clocks = [info.clock for info in self.infos]
+        power = np.array(entry["frame_power"]) if "frame_power" in entry else None
+        return Utterance(utterance, layers, float(entry["seconds"]), [instants] * len(layers), clocks, power=power)
 
     def __iter__(self) -> Iterator[Utterance]:
         for utterance in self.ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from cka_addon.errors import AudioError, MergeError, NonFinite, StoreError
 from cka_addon.models import Model, ModelInfo, check_names, load_models
 from cka_addon.options import DumpOptions
 from cka_addon.store import DTYPES, FORMAT, complete_if_done, format_bytes, parse_shard, read_index
-from cka_addon.utterances import reduce_utterance
+from cka_addon.utterances import frame_power, reduce_utterance
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def dump(
             "seed": options.seed,
         },
         "recordings": len(found),
+        "ids_sha256": hashlib.sha256("\n".join(r.id for r in found).encode()).hexdigest(),
         "parts": count,
         "provenance": provenance.collect(audio=str(recordings) if isinstance(recordings, (str, Path)) else "list"),
     }
@@ -120,6 +122,7 @@ def dump(
         done = writer.done
         if done:
             announce(f"{out}: resuming, {len(done)} of {len(mine)} utterances are there")
+            writer.check_recordings(mine)
         left = [r for r in mine if r.id not in done]
         free = shutil.disk_usage(out).free
         if left and size.bytes * len(left) / max(1, len(mine)) > free:
@@ -149,12 +152,13 @@ def _fill(
                 layers,
                 infos,
                 recording.id,
-                float(about["seconds"]),
+                about["seconds"],
                 keep=options.keep,
                 frames=options.frames,
                 seed=options.seed,
             )
-            writer.add(recording.id, kept, about, instants)
+            power = frame_power(layers) if options.keep == "means" else None
+            writer.add(recording.id, kept, about, instants, power)
             written += 1
         except (AudioError, NonFinite, RuntimeError) as error:
             # One bad file must not end hours of work; it is counted, and without the option the store stays incomplete.
@@ -176,6 +180,7 @@ class _Writer:
         self.names = [f"{m['name']}/{layer}" for m in header["models"] for layer in m["layers"]]
         self.widths = [len(m["layers"]) for m in header["models"]]
         self.done: set[str] = set()
+        self.lengths: dict[str, float] = {}
         self.skipped: dict[str, str] = {}
         self.skipped_now: list[str] = []
         self._clear()
@@ -205,6 +210,7 @@ class _Writer:
             for path in self.files:
                 shard = read_index(path)
                 self.done |= {u["id"] for u in shard["utterances"]}
+                self.lengths.update({u["id"]: float(u["seconds"]) for u in shard["utterances"]})
                 self.skipped.update(shard["skipped"])
         except BaseException:
             self.lock.release()
@@ -225,7 +231,8 @@ class _Writer:
             provenance.write_json(path, self.header)
             return
         there = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("format", "options", "parts", "recordings"):
+        # Stores of older versions have no digest of the ids.
+        for key in ("format", "options", "parts", "recordings", *(["ids_sha256"] if "ids_sha256" in there else [])):
             if there.get(key) != self.header[key]:
                 raise StoreError(
                     f"{self.out}: was begun with {key} = {there.get(key)}, now {self.header[key]}; "
@@ -245,7 +252,15 @@ class _Writer:
                 f"{self.out}: was begun with {len(there['models'])} models, now {len(self.header['models'])}"
             )
 
-    def add(self, name: str, layers: list[list[Tensor]], about: dict, instants: np.ndarray | None) -> None:
+    def add(
+        self,
+        name: str,
+        layers: list[list[Tensor]],
+        about: audio.About,
+        instants: np.ndarray | None,
+        power: np.ndarray | None = None,
+    ) -> None:
+        """One utterance; power : mean square of a frame of every layer, where only the mean is kept."""
         flat = [x.detach().to("cpu", self.dtype) for model in layers for x in model]
         if self.dtype == torch.float16:
             for label, x in zip(self.names, flat, strict=True):
@@ -255,7 +270,9 @@ class _Writer:
                         "dump with --dtype float32"
                     )
         # A sum of finite values can still be NaN-free and huge; float32 features are checked by the model itself.
-        entry = {"id": name, "frames": [len(model[0]) for model in layers], **about}
+        entry: dict[str, object] = {"id": name, "frames": [len(model[0]) for model in layers], **about}
+        if power is not None:
+            entry["frame_power"] = [float(f"{v:.6g}") for v in power]
         if instants is not None:
             entry["instants"] = [round(float(t), 6) for t in instants]
         self.buffer.append(flat)
@@ -264,6 +281,19 @@ class _Writer:
         self.size += sum(x.numel() * x.element_size() for x in flat)
         if self.size >= self.shard_bytes:
             self._flush()
+
+    def check_recordings(self, recordings: Sequence[audio.Recording]) -> None:
+        """Raise StoreError where what is stored was made from recordings of another length than the ones given now."""
+        for r in recordings:
+            stored = self.lengths.get(r.id)
+            # The length in the header of an mp3 is an estimate.
+            if stored is None or r.seconds is None or r.path.suffix.lower() == ".mp3":
+                continue
+            if abs(stored - r.seconds) > 2e-3:
+                raise StoreError(
+                    f"{self.out}: holds '{r.id}' of {stored:.3f} s, {r.path} has {r.seconds:.3f} s; "
+                    "expected the recordings the store was begun with: use them, or another folder"
+                )
 
     def skip(self, name: str, problem: str) -> None:
         self.pending_skips[name] = self.skipped[name] = problem
@@ -317,9 +347,11 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
     first = headers[0]
     for path, header in zip(parts, headers, strict=True):
         check_names([m["name"] for m in header["models"]])
-        for key in ("format", "options", "parts", "recordings"):
-            if header[key] != first[key]:
-                raise MergeError(f"{path}: {key} is {header[key]}, in {parts[0]} it is {first[key]}; expected the same")
+        for key in ("format", "options", "parts", "recordings", "ids_sha256"):
+            if header.get(key) != first.get(key):
+                raise MergeError(
+                    f"{path}: {key} is {header.get(key)}, in {parts[0]} it is {first.get(key)}; expected the same"
+                )
         same = [{k: m[k] for k in ("name", "layers", "dims", "clock")} for m in header["models"]]
         if same != [{k: m[k] for k in ("name", "layers", "dims", "clock")} for m in first["models"]]:
             raise MergeError(f"{path}: other models or layers than {parts[0]}; expected parts of one dump")

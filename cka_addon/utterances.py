@@ -20,6 +20,7 @@ class Utterance:
 
     layers : per model, one (frames, width) tensor per layer;  seconds : length of the recording
     instants : per model, (frames,) seconds of sampled frames, or None where all frames are there
+    power : (layers of all models,) mean square of a frame where only its mean was stored, else None
     clocks : per model, when its frames are;  wav : (samples,) float32 at 16 kHz where it was asked for
     """
 
@@ -29,6 +30,13 @@ class Utterance:
     instants: list[np.ndarray | None]
     clocks: Sequence[Clock] = field(default_factory=tuple)
     wav: Tensor | None = None
+    power: np.ndarray | None = None
+
+    def frame_power(self) -> np.ndarray:
+        """Mean square norm of a frame in every layer of every model, (layers,) float64: what a mean is judged by."""
+        if self.power is not None:
+            return self.power
+        return frame_power(self.layers)
 
     @property
     def times(self) -> list[np.ndarray]:
@@ -48,6 +56,11 @@ class Utterance:
             else:
                 found.append(clock.times(frames))
         return found
+
+
+def frame_power(layers: Sequence[Sequence[Tensor]]) -> np.ndarray:
+    """Mean square norm of a frame in every layer of every model, (layers,) float64."""
+    return np.array([float(x.double().square().sum()) / max(1, len(x)) for model in layers for x in model])
 
 
 def reduce_utterance(

@@ -244,7 +244,7 @@ def test_commands_from_audio_to_report(wavs, tmp_path, monkeypatch):
     } <= names
     ckpt = checkpoint(tmp_path / "sid" / "states-4.ckpt", [0.1, 0.2, 0.3])
     weights = ["-q", "layer-weights", f"SID={ckpt}", "-o", str(out / "lw"), "--formats", "png"]
-    assert main([*weights, "--store", store, "--store-model", "toy"]) == 0
+    assert main([*weights, "--store", store, "--store-model", "toy", "--other-model"]) == 0
     assert {"layer_weights.csv", "layer_weights.png", "layer_weight_map_corrected.png"} <= {
         p.name for p in (out / "lw").iterdir()
     }
