@@ -1,9 +1,9 @@
 """Measure checkpoint reading: time and memory at the released files' sizes, and errors against the goldens.
 
     python recipes/benchmark/checkpoints.py sizes
-    python recipes/benchmark/checkpoints.py goldens ../shared/goldens
+    python recipes/benchmark/checkpoints.py goldens FOLDER
 
-Prints Markdown tables for RESULTS.md. `sizes` writes files of the released sizes (random weights, C = 1024) to a
+`sizes` writes files of the released sizes (random weights, C = 1024) to a
 temporary folder (about 0.75 GB) and reads each in a fresh process, whose peak memory is what Linux reports of it.
 """
 
@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from results import FOLDER, write_result
 
 READ = """
 import sys, time
@@ -49,7 +49,7 @@ def speechbrain_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {names[k]: v.unsqueeze(-1) if k == "embedding.weight" else v for k, v in state.items()}
 
 
-def sizes() -> None:
+def sizes(destination: Path | None) -> None:
     """Read files of the released sizes in fresh processes."""
     from s3prl_speaker_upstreams.checkpoints import read_checkpoint, save_native, untrained
 
@@ -72,7 +72,7 @@ def sizes() -> None:
         fp16 = root / "native_fp16.safetensors"
         save_native(read_checkpoint(root / "embedding_model.ckpt", format="speechbrain"), fp16, fp16=True)
 
-        print("| file | MB | read by | seconds (best of 3) | peak memory added, MB |\n|---|---|---|---|---|")
+        rows = []
         for name, how in (
             ("embedding_model.ckpt", ("torch.load", "")),
             ("embedding_model.ckpt", ("speechbrain", "")),
@@ -88,17 +88,26 @@ def sizes() -> None:
                 runs.append(tuple(float(x) for x in out.split()))
             seconds, memory = min(r[0] for r in runs), min(r[1] for r in runs)
             reader = "plain torch.load, no model" if how[0] == "torch.load" else "load_encoder"
-            print(f"| {name} | {(root / name).stat().st_size / 1e6:.0f} | {reader} | {seconds:.2f} | {memory:.0f} |")
+            rows.append([name, round((root / name).stat().st_size / 1e6), reader, seconds, round(memory)])
+    write_result(
+        destination or FOLDER / "checkpoints.sizes.json",
+        title="Reading files of the released sizes",
+        about="Random weights, C=1024, files in the page cache, one thread, each read by a fresh process; the best of "
+        "three. The RDINO-like file holds student, teacher and optimizer: memory-mapped, what is not asked for costs "
+        "nothing.",
+        tables=[{"title": "", "columns": ["file", "MB", "read by", "seconds", "peak memory added, MB"], "rows": rows}],
+        data=rows,
+    )
 
 
-def goldens(folder: Path) -> None:
+def goldens(folder: Path, destination: Path | None) -> None:
     """Largest error, over all cases, against the original implementations' activations."""
     from s3prl_speaker_upstreams.checkpoints import load_encoder
     from s3prl_speaker_upstreams.ecapa import Ragged
 
     outputs = ("hidden_states", "mfa", "pooled", "embedding")
     columns = ("features", "blocks", "mfa", "pooled", "embedding", "embedding end to end")
-    print(f"| golden | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    rows = []
     for item in json.loads((folder / "MANIFEST.json").read_text()):
         golden = torch.load(folder / item["file"], weights_only=True)
         encoder = load_encoder(folder / golden["meta"]["checkpoint"])
@@ -124,7 +133,17 @@ def goldens(folder: Path) -> None:
             compare("pooled", out["pooled"][0], case["pooled"])
             compare("embedding", out["embedding"][0], case["embedding"])
             compare("embedding end to end", whole["embedding"][0], case["embedding"])
-        print(f"| {item['file'].removesuffix('.golden.pt')} | {' | '.join(f'{worst[c]:.1e}' for c in columns)} |")
+        rows.append([item["file"].removesuffix(".golden.pt"), *(worst[c] for c in columns)])
+    largest = max(float(x) for row in rows for x in row[2:])
+    write_result(
+        destination or FOLDER / "checkpoints.goldens.json",
+        title="Checkpoints against the original implementations",
+        about="Largest max |difference| / max |reference| over all cases, float32, CPU, one thread; blocks to "
+        "embedding from the original's own features, the last column from the waveform.",
+        tables=[{"title": "", "columns": ["golden", *columns], "rows": rows}],
+        summary=[[f"largest error against {len(rows)} originals, blocks to embedding", largest, "1e-5"]],
+        data=rows,
+    )
 
 
 def main() -> None:
@@ -132,14 +151,14 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("sizes", help="time and memory of reading files of the released sizes")
     verbs.add_parser("goldens", help="errors against the original implementations").add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, metavar="JSON", help="the result (default: in recipes/benchmark/results)")
     args = parser.parse_args()
     logging.getLogger("s3prl_speaker_upstreams").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}, one thread\n")
     if args.verb == "sizes":
-        sizes()
+        sizes(args.out)
     else:
-        goldens(args.folder)
+        goldens(args.folder, args.out)
 
 
 if __name__ == "__main__":

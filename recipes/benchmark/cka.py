@@ -11,7 +11,7 @@
 
 Every library is called as its own class does it for one minibatch: Gram matrices of all layers, then all HSIC values.
 Only the submodules needed are imported, so that none of their plotting dependencies is. A library that is not installed
-is left out. Prints Markdown tables.
+is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from results import FOLDER, write_result
 
 # pytorch-cka's package is called "cka", as this file is: it must not find itself.
 sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
@@ -185,8 +188,9 @@ def peak_rate(device):
 def speed(args):
     torch.set_num_threads(args.threads)
     where = f"{args.threads} thread(s), {args.device}, {args.clock} time"
-    print(f"| {where} | library | median ms | pytorch-cka / it | of the limit |")
-    print("|---|---|---|---|---|")
+    rows: list[list[object]] = []
+    summary: list[list[object]] = []
+    aims = {1: ("1.5x", "1.8x", "2.5x"), 2: ("1.4x", "1.7x", "2.5x")}.get(args.threads, ("", "", ""))
     for name in WORKLOADS:
         if args.only and args.only not in name:
             continue
@@ -209,7 +213,27 @@ def speed(args):
         base = statistics.median(times["pytorch-cka"]) if "pytorch-cka" in times else float("nan")
         for k, t in times.items():
             m = statistics.median(t)
-            print(f"| {name} | {k} | {m * 1e3:.1f} | {base / m:.2f} | {operations / m / max(rates):.0%} |", flush=True)
+            rows.append([name, k, m * 1e3, min(t) * 1e3, max(t) * 1e3, base / m, f"{operations / m / max(rates):.0%}"])
+            print(*rows[-1], file=sys.stderr, flush=True)
+            if k == "ours":
+                aim = aims[list(WORKLOADS).index(name)]
+                summary.append([f"CKA kernel over pytorch-cka's, {name}, {where}", f"{base / m:.2f}x", aim])
+    write_result(
+        args.out or FOLDER / f"cka.speed_{args.device.partition(':')[0]}_{args.threads}.json",
+        title=f"CKA of one minibatch, {where}",
+        about="The same tensors for all libraries, in turn within each round, each called as its own class does it for "
+        "one minibatch; milliseconds. The limit: symmetric Gram products and one product over all pairs of layers, at "
+        "the rate of one large matrix product.",
+        tables=[
+            {
+                "title": "",
+                "columns": ["workload", "library", "median", "least", "most", "pytorch-cka / it", "of the limit"],
+                "rows": rows,
+            }
+        ],
+        summary=summary,
+        data={"arguments": vars(args), "rows": rows},
+    )
 
 
 def memory(args):
@@ -231,15 +255,22 @@ def memory(args):
         run()
         print(f"{status('VmHWM') - before:.0f}")
         return
-    print("| workload | library | peak extra memory, MiB |\n|---|---|---|")
+    rows = []
     for name, (_, _, n) in WORKLOADS.items():
         for library in FAST + (SLOW if args.slow else ()):
             if (library, n) in SKIP:
                 continue
             command = [sys.executable, __file__, "memory", "--one", library, name]
             done = subprocess.run(command, capture_output=True, text=True)
-            shown = done.stdout.strip() or f"- ({done.stderr.strip().splitlines()[-1]})"
-            print(f"| {name} | {library} | {shown} |", flush=True)
+            rows.append([name, library, done.stdout.strip() or f"- ({done.stderr.strip().splitlines()[-1]})"])
+            print(*rows[-1], file=sys.stderr, flush=True)
+    write_result(
+        args.out or FOLDER / "cka.memory.json",
+        title="CKA of one minibatch: memory",
+        about="Peak extra resident memory of one call, each library in a process of its own; MiB.",
+        tables=[{"title": "", "columns": ["workload", "library", "MiB"], "rows": rows}],
+        data=rows,
+    )
 
 
 def accuracy(args):
@@ -247,7 +278,6 @@ def accuracy(args):
     from cka_addon.estimators import Reference
 
     torch.set_num_threads(1)
-    print("| library | mean 0 | mean 10 | mean 50 |\n|---|---|---|---|")
     rows = {k: [] for k in LIBRARIES}
     for mean in (0.0, 10.0, 50.0):
         g = torch.Generator().manual_seed(0)
@@ -260,9 +290,15 @@ def accuracy(args):
         for k, run in build(LIBRARIES, xs, ys).items():
             error = np.abs(run().double().numpy() - want).max()
             rows[k].append("NaN" if np.isnan(error) else f"{error:.0e}")
-    for k, row in rows.items():
-        if row:
-            print(f"| {k} | {' | '.join(row)} |")
+    table = [[k, *row] for k, row in rows.items() if row]
+    write_result(
+        args.out or FOLDER / "cka.accuracy.json",
+        title="CKA: error by common mean",
+        about="Largest error of a value against the definition in float64; n=256, 3 x 3 layers of 256, float32.",
+        tables=[{"title": "", "columns": ["library", "mean 0", "mean 10", "mean 50"], "rows": table}],
+        summary=[["CKA error, features of mean 50", rows["ours"][-1], ""]],
+        data=rows,
+    )
 
 
 def end_to_end(args):
@@ -296,10 +332,27 @@ def end_to_end(args):
         whole.append(clock(lambda p=paths, s=settings: compute(models, p, **s), args.device))
     f, w = min(forward), min(whole)
     seconds = sum(len(x) for x in wavs) / 16000
-    print(
-        f"{len(wavs)} recordings, {seconds:.0f} s, {args.mode}, {args.threads} thread(s), {args.device}, {args.clock} "
-        "time: "
-        f"two forward passes {f:.2f} s, audio to matrix {w:.2f} s, on top {100 * (w - f) / f:.1f} %"
+    on_top = f"{100 * (w - f) / f:.1f} %"
+    row = [args.mode, args.threads, args.device, args.clock, len(wavs), seconds, f, w, on_top]
+    columns = [
+        "mode",
+        "threads",
+        "device",
+        "clock",
+        "recordings",
+        "seconds of audio",
+        "forward passes",
+        "whole",
+        "on top",
+    ]
+    write_result(
+        args.out or FOLDER / f"cka.end_to_end_{args.mode}.json",
+        title=f"CKA from audio to matrix, {args.mode}",
+        about="Two WavLM models of BASE size (13 + 13 layers of 768): seconds of the two forward passes alone, and of "
+        "the whole way from audio to matrix; the best of the rounds.",
+        tables=[{"title": "", "columns": columns, "rows": [row]}],
+        summary=[[f"CKA on top of two BASE-size forward passes, {args.mode}", on_top, ""]],
+        data=row,
     )
 
 
@@ -314,6 +367,7 @@ def main():
     parser.add_argument("--audio", help="folder of recordings for end-to-end (default: made-up ones)")
     parser.add_argument("--utterances", type=int, default=12)
     parser.add_argument("--mode", default="minibatch", choices=("minibatch", "full"))
+    parser.add_argument("--out", type=Path, metavar="JSON", help="the result (default: in recipes/benchmark/results)")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument(
         "--clock", choices=sorted(NOW), default="wall", help="cpu: processor time, for one thread on a busy machine"

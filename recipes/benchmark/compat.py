@@ -1,9 +1,9 @@
 """How near the stand-ins of torchaudio.sox_effects are to the sox program and, on torchaudio < 2.9, to its own libsox.
 
-    python recipes/benchmark/compat.py --speech ../shared/speech --files 300
+    python recipes/benchmark/compat.py --speech FOLDER --files 300
 
-Writes a Markdown table: for each chain of s3prl's recipes and each sample rate, how many recordings come out with the
-same samples, and the largest difference. The sox program must be on the path.
+For each chain of s3prl's recipes and each sample rate: how many recordings come out with the same samples, and the
+largest difference. The sox program must be on the path.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import soundfile
 import torch
 import torchaudio
+from results import add_output, write_result
 from tqdm import tqdm
 
 from s3prl_speaker_upstreams.compat import sox_effects
@@ -43,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speech", type=Path, required=True, help="folder of wav or flac recordings")
     parser.add_argument("--files", type=int, default=300, help="how many, drawn with seed 5 (default %(default)s)")
+    add_output(parser, "compat.sox")
     options = parser.parse_args()
     files = sorted(path for path in options.speech.rglob("*") if path.suffix in (".wav", ".flac"))
     if not files or shutil.which("sox") is None:
@@ -63,7 +65,7 @@ def main() -> int:
                 row[3] += 1
             elif own.numel():
                 row[4] = max(row[4], float((own - program).abs().max()))
-    columns = (
+    columns = [
         "chain",
         "Hz",
         "recordings",
@@ -71,13 +73,27 @@ def main() -> int:
         "own = program",
         "other length",
         "own, largest difference",
-    )
-    out = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    for (name, rate), (count, same, equal, lengths, worst) in sorted(rows.items()):
-        out.append(f"{name} | {rate} | {count} | {same if real else '-'} | {equal} | {lengths} | {worst:.1e}")
-    sys.stdout.write(
-        "".join(f"| {line} |\n" for line in out)
-        + f"\ntorchaudio {torchaudio.__version__}, libsndfile {soundfile.__libsndfile_version__}\n"
+    ]
+    table = [
+        [name, rate, count, same if real else "-", equal, lengths, worst]
+        for (name, rate), (count, same, equal, lengths, worst) in sorted(rows.items())
+    ]
+    at_16k = [row for row in table if row[1] == 16000]
+    write_result(
+        options.out,
+        title="Stand-ins of torchaudio.sox_effects against the sox program",
+        about='Recordings through the effect chains of s3prl\'s recipes. "libsox = program" and "own = program" count '
+        'those with exactly the same samples; "own" is the arithmetic that is used where there is no sox program; '
+        "differences are of full scale.",
+        tables=[{"title": "", "columns": columns, "rows": table}],
+        summary=[
+            [
+                "sox effects at 16 kHz, recordings with the program's samples",
+                f"{sum(r[4] for r in at_16k)} of {sum(r[2] for r in at_16k)}",
+                "all",
+            ]
+        ],
+        data={"torchaudio": torchaudio.__version__, "libsndfile": soundfile.__libsndfile_version__, "rows": table},
     )
     return 0
 

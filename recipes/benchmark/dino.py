@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One DINO step on CPU beside WeSpeaker's: same weights, same crops, same losses; where the time goes.
 
-    python recipes/benchmark/dino.py --peer PATH/TO/wespeaker [--threads 1] [--rounds 5] [--out result.json]
+    python recipes/benchmark/dino.py --peer PATH/TO/wespeaker [--threads 1] [--rounds 5]
 
 A step is everything between two batches of log-mel features: teacher and student passes over 2 x 3 s and 4 x 2 s crops,
 head with 65,536 prototypes, loss, backward pass, clipping, SGD, teacher update; C=512, batch 4. WeSpeaker's step is
@@ -12,7 +12,6 @@ round, so that a machine that slows down slows both; reported is the median of t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from results import add_output, write_result
 from torch import Tensor, nn
 
 from s3prl_speaker_upstreams.checkpoints import read_checkpoint
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=512)
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--loss-steps", type=int, default=2, help="steps whose losses are compared")
-    parser.add_argument("--out", help="also write the result here as JSON")
+    add_output(parser, "dino.step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -204,20 +204,30 @@ def main() -> None:
         },
         "breakdown_seconds": clock,
     }
-    lines = [f"torch {result['torch']}, {args.threads} thread(s), batch {args.batch}, C={args.channels}"]
-    for name, value in result["seconds"].items():
-        extra = ""
-        if name in ours:
-            gap = result["largest_loss_difference"][name]
-            extra = f"   {result['speedup'][name]:.3f}x, losses of {args.loss_steps} steps within {gap:.1e}"
-        lines.append(f"{name:6} {value:7.3f} s a step{extra}")
-    for precision, table in result["breakdown_seconds"].items():
-        total = sum(table.values())
-        lines.append(f"where {precision}'s {total:.3f} s go:")
-        lines += [f"  {name:28} {value:7.3f} s {100 * value / total:5.1f} %" for name, value in table.items()]
-    sys.stdout.write("\n".join(lines) + "\n")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    speeds = [["WeSpeaker", result["seconds"]["peer"], "", ""]]
+    for name in ours:
+        gap = result["largest_loss_difference"][name]
+        speeds.append([f"ours, {name}", result["seconds"][name], result["speedup"][name], gap])
+    breakdown = [
+        [precision, part, value, f"{100 * value / sum(table.values()):.0f} %"]
+        for precision, table in result["breakdown_seconds"].items()
+        for part, value in table.items()
+    ]
+    write_result(
+        args.out,
+        title=f"A DINO step beside WeSpeaker's: batch {args.batch}, C={args.channels}, {args.prototypes} prototypes",
+        about='Same weights, crops and settings, in turn within each round; seconds are medians, "times as fast" the '
+        f"median of the rounds' ratios, losses those of {args.loss_steps} steps.",
+        tables=[
+            {"title": "", "columns": ["step", "seconds", "times as fast", "losses within"], "rows": speeds},
+            {"title": "Where the time goes", "columns": ["precision", "part", "seconds", "share"], "rows": breakdown},
+        ],
+        summary=[
+            [f"DINO step over WeSpeaker's, {name}", f"{result['speedup'][name]:.2f}x", aim]
+            for name, aim in (("fp32", "1.35x"), ("bf16", "2.5x"))
+        ],
+        data=result,
+    )
 
 
 if __name__ == "__main__":

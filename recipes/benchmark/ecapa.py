@@ -6,7 +6,7 @@ the best of the rounds counts, and every ratio is between times of that process.
 installed, WeSpeaker as the path of a checkout. The matrix-product rate is the best that PyTorch reaches here on the
 network's own shapes.
 
-    python recipes/benchmark/ecapa.py --threads 1 2 --wespeaker ~/wespeaker --out results
+    python recipes/benchmark/ecapa.py --threads 1 2 --wespeaker ~/wespeaker
     python recipes/benchmark/ecapa.py --device cuda --cases ragged equal
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import logging
 import os
 import platform
@@ -28,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results import add_output, write_result
 
 from s3prl_speaker_upstreams.ecapa import DIALECTS, Ecapa, Frontend, Ragged
 
@@ -282,47 +282,53 @@ def deviations(models: dict, device: torch.device) -> dict[str, float]:
     return found
 
 
-def markdown(result: dict) -> str:
-    """The measurements as tables."""
-    lines = []
+def tables(result: dict) -> list[dict]:
+    """The measurements as tables of the results page."""
+    found = []
     for case in result["cases"]:
         rate = case["gflops"]
-        lines += [
-            f"### {case['case']}, {case['threads']} thread(s), {case['audio_seconds']:.0f} s of speech",
-            "",
-            f"Best matrix product here: {rate:.0f} GFLOP/s float32.",
-            "",
-            "| contender | seconds | x real time | ours is faster by | GFLOP/s | of the rate |"
-            + (" peak MB |" if case["memory"] else ""),
-            "|---|---|---|---|---|---|" + ("---|" if case["memory"] else ""),
-        ]
+        rows = []
         for name, seconds in case["seconds"].items():
             base = case["seconds"].get("ours (WeSpeaker's shape)" if "WeSpeaker" in name else "ours")
-            work = None
-            if name in ("ours", "SpeechBrain, one at a time"):
-                work = case["gflop"] / seconds
-            cells = [
-                name,
-                f"{seconds:.3f}",
-                f"{case['audio_seconds'] / seconds:.0f}",
-                f"{seconds / base:.2f}" if base and not name.startswith("our") else "",
-                f"{work:.0f}" if work else "",
-                f"{100 * work / rate:.0f} %" if work else "",
-            ]
-            if case["memory"]:
-                cells.append(f"{case['memory'][name] / 1e6:.0f}" if name in case["memory"] else "")
-            lines.append("| " + " | ".join(cells) + " |")
-        ours, half = case["seconds"].get("ours"), case["seconds"].get("ours bf16")
-        if ours and half:
-            share = case["seconds"].get("our front-end", 0.0)
-            share = share / (share + ours)
-            lines += ["", f"bf16 over float32: {ours / half:.2f}x; front-end: {100 * share:.1f} % of the whole."]
-        lines.append("")
-    lines.append(
-        "max |difference| / max |value| of the MFA against ours in float32: "
-        + ", ".join(f"{k} {v:.1e}" for k, v in result["deviation"].items() if k not in ("ours",))
-    )
-    return "\n".join(lines) + "\n"
+            work = case["gflop"] / seconds if name in ("ours", "SpeechBrain, one at a time") else None
+            rows.append(
+                [
+                    name,
+                    seconds,
+                    round(case["audio_seconds"] / seconds),
+                    f"{seconds / base:.2f}" if base and not name.startswith("our") else "",
+                    f"{100 * work / rate:.0f} %" if work else "",
+                    round(case["memory"][name] / 1e6) if name in case["memory"] else "",
+                ]
+            )
+        title = f"{case['case']}, {case['threads']} thread(s), {case['audio_seconds']:.0f} s of speech"
+        columns = ["contender", "seconds", "x real time", "ours is faster by", f"of {rate:.0f} GFLOP/s", "peak MB"]
+        found.append({"title": title, "columns": columns, "rows": rows})
+    deviations = [[name, value] for name, value in result["deviation"].items() if name != "ours"]
+    title = "max |difference| / max |value| of the MFA against ours in float32"
+    return [*found, {"title": title, "columns": ["contender", "deviation"], "rows": deviations}]
+
+
+def summary(result: dict) -> list[list[object]]:
+    """The rows for the top of the results page."""
+    rows: list[list[object]] = []
+    aims = {"ragged": "2.5x", "equal": "1.1x"}
+    for case in result["cases"]:
+        where = f"{case['case']}, {case['threads']} thread(s)"
+        for peer, ours in (("SpeechBrain", "ours"), ("WeSpeaker", "ours (WeSpeaker's shape)")):
+            times = case["seconds"]
+            if f"{peer}, padded batch" in times:
+                padded = times[f"{peer}, padded batch"] / times[ours]
+                alone = times[f"{peer}, one at a time"] / times[ours]
+                rows.append(
+                    [f"encoder over {peer}'s padded batch, {where}", f"{padded:.2f}x", aims.get(case["case"], "")]
+                )
+                rows.append([f"encoder over {peer} one at a time, {where}", f"{alone:.2f}x", "1.3x"])
+        if "ours" in times:
+            rows.append([f"encoder, bf16 over float32, {where}", f"{times['ours'] / times['ours bf16']:.2f}x", "1.7x"])
+            share = f"{100 * case['gflop'] / times['ours'] / case['gflops']:.0f} %"
+            rows.append([f"encoder, share of the matrix-product rate, {where}", share, "80 %"])
+    return rows
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -341,7 +347,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--wespeaker", type=Path, help="path of a WeSpeaker checkout, to compare with its class")
     add("--no-speechbrain", action="store_true", help="leave SpeechBrain out although it is installed")
     add("--seed", type=int, default=0, help="of weights and utterances (default %(default)s)")
-    add("--out", type=Path, help="also write OUT.json and OUT.md")
+    add_output(parser, "encoder.speed")
     return parser.parse_args(argv)
 
 
@@ -386,13 +392,16 @@ def main(argv: list[str] | None = None) -> dict:
                     "memory": memory,
                 }
             )
-    table = markdown(result)
-    if args.out:
-        for suffix, text in ((".json", json.dumps(result, indent=1)), (".md", table)):
-            beside = args.out.with_name(args.out.name + suffix + ".tmp")
-            beside.write_text(text)
-            beside.replace(args.out.with_name(args.out.name + suffix))
-    sys.stdout.write(table)
+    write_result(
+        args.out,
+        title=f"Encoder, C={args.channels}: time to hidden states and MFA",
+        about="From features through the four blocks and the MFA, random weights shared by all contenders, in turn "
+        "within each round of one process; the best of the rounds. The rate is of the fastest large float32 matrix "
+        "product in the same run.",
+        tables=tables(result),
+        summary=summary(result),
+        data=result,
+    )
     return result
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, write_result
+from results import ROOT, add_output, write_result
 
 PACKAGES = ("s3prl_speaker_upstreams", "cka_addon")
 REPEATED_LINES = 6
@@ -332,9 +332,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", help="measure this commit instead of the working tree")
     parser.add_argument("--journeys", action="store_true", help="also run and trace the four journeys (a minute)")
-    parser.add_argument(
-        "--name", default="house", help="of the file in recipes/benchmark/results (default %(default)s)"
-    )
+    add_output(parser, "house.now")
     args = parser.parse_args()
     if args.commit:
         with tempfile.TemporaryDirectory() as folder:
@@ -343,8 +341,8 @@ def main() -> int:
             result = measure(Path(folder), args.journeys)
     else:
         result = measure(ROOT, args.journeys)
-    path = write_result(
-        args.name,
+    write_result(
+        args.out,
         title=f"Layout of the code at {args.commit}" if args.commit else "Layout of the code",
         about="Sizes, import circles, repeated passages and type errors of the two packages. A journey lists the "
         "files that a reader enters who follows each function once, at its first call; a return is an entry into a "
@@ -353,7 +351,6 @@ def main() -> int:
         data=result,
         measured={"commit": args.commit} if args.commit else None,
     )
-    sys.stdout.write(f"{path}\n")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Cost of the pre-training data: microseconds per augmented crop, share of a training step, waiting of the loader.
 
-    python recipes/benchmark/pretrain_data.py --speech ../shared/speech [--out FILE.json]
+    python recipes/benchmark/pretrain_data.py --speech FOLDER
 
 The step it is compared with is forward and backward of the student and forward of the teacher (C=512, batch 4, 2 x 3 s
 and 4 x 2 s) on one thread, without head, loss and optimizer: a real step takes longer, so the shares are upper bounds.
@@ -9,14 +9,12 @@ and 4 x 2 s) on one thread, without head, loss and optimizer: a real step takes 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from results import add_output, write_result
 
 from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
 from s3prl_speaker_upstreams.data.datasets import BatchSampler, Loader, MultiCropDataset, measure_loader
@@ -90,7 +88,7 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, required=True, help="folder with commands/, noise/ and rirs/")
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1], help="numbers of loader processes to measure")
     parser.add_argument("--batches", type=int, default=6, help="steps measured for each")
-    parser.add_argument("--out", type=Path, help="also write the numbers as JSON")
+    add_output(parser, "data.loader")
     options = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -118,15 +116,39 @@ def main() -> None:
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=600_000), rng.random(600_000) < 0.5
     result["seconds for the EER of 600,000 trials"] = median_us(lambda: eer(scores, labels), 5) / 1e6
-    result["machine"] = (
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    share = result["augmentation per step"]
+    waits = {k: v for k, v in result.items() if k.startswith("loader")}
+    write_result(
+        options.out,
+        title="Pre-training data: augmentation and loader",
+        about="One thread. Processor time for the costs of a crop and of the step, wall time for the loader; medians, "
+        "except the mixture, which is a mean (noise and reverberation with probability one half each).",
+        tables=[
+            {"title": "", "columns": ["per crop", "microseconds"], "rows": [list(item) for item in costs.items()]},
+            {
+                "title": "Loader",
+                "columns": ["what", "measured", "value"],
+                "rows": [[name, key, value] for name, found in waits.items() for key, value in _flat(found)],
+            },
+            {
+                "title": "One step and other costs",
+                "columns": ["what", "figure"],
+                "rows": [
+                    ["student forward and backward, teacher forward, C=512, batch 4; seconds", share["step"]],
+                    ["augmentation of its 24 crops, seconds", share["seconds"]],
+                    ["share of the step", f"{100 * share['share of the step']:.2f} %"],
+                    ["microseconds per header read", scan],
+                    ["EER of 600,000 trials, seconds", result["seconds for the EER of 600,000 trials"]],
+                ],
+            },
+        ],
+        summary=[["augmentation, share of a DINO step", f"{100 * share['share of the step']:.2f} %", ""]],
+        data=result,
     )
-    text = json.dumps(result, indent=1)
-    if options.out:
-        beside = options.out.with_name(f".{options.out.name}.part")
-        beside.write_text(text + "\n")
-        os.replace(beside, options.out)
-    print(text)
+
+
+def _flat(found: object) -> list[tuple[str, object]]:
+    return list(found.items()) if isinstance(found, dict) else [("", found)]
 
 
 if __name__ == "__main__":

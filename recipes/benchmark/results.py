@@ -11,21 +11,26 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "ROOT", "measured_here", "page", "section", "table", "write_result"]
+__all__ = ["FOLDER", "ROOT", "add_output", "measured_here", "page", "section", "table", "write_result"]
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:  # a script run from a checkout that is not installed
+if importlib.util.find_spec("s3prl_speaker_upstreams") is None:  # a checkout that is not installed
     sys.path.insert(0, str(ROOT))
+
+from s3prl_speaker_upstreams import __version__  # noqa: E402
+from s3prl_speaker_upstreams.common.files import write_json, write_text  # noqa: E402
+from s3prl_speaker_upstreams.common.provenance import git_revision  # noqa: E402
+
 FOLDER = Path(__file__).resolve().parent / "results"
 PAGE = Path(__file__).resolve().parent / "RESULTS.md"
 Row = Sequence[object]
@@ -50,19 +55,13 @@ def measured_here() -> dict[str, object]:
     >>> sorted(measured_here())[:3]
     ['commit', 'cores', 'date']
     """
-    from s3prl_speaker_upstreams import __version__
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    # Results themselves do not make a tree dirty: a series of benchmarks writes one after the other.
-    dirty = git(
-        "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{FOLDER.relative_to(ROOT)}", f":!{PAGE}"
-    )
+    # of the code alone: a series of benchmarks writes one result after another, which does not make the tree dirty
+    revision = git_revision(ROOT / "s3prl_speaker_upstreams") or f"release {__version__}"
+    commit = revision.removesuffix("-dirty")
+    commit = commit[:7] if len(commit) == 40 else commit
     facts: dict[str, object] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": (git("rev-parse", "--short", "HEAD") or f"release {__version__}") + (" and changes" if dirty else ""),
+        "commit": f"{commit} and changes" if revision.endswith("-dirty") else commit,
         "machine": _processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
@@ -77,8 +76,14 @@ def measured_here() -> dict[str, object]:
     return facts
 
 
+def add_output(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add ``--out``, where the result goes; ``name`` without a suffix is that of the file in results/."""
+    shown = (FOLDER / f"{name}.json").relative_to(ROOT)
+    parser.add_argument("--out", type=Path, default=ROOT / shown, metavar="JSON", help=f"the result (default {shown})")
+
+
 def write_result(
-    name: str,
+    path: Path | str,
     *,
     title: str,
     about: str,
@@ -86,11 +91,10 @@ def write_result(
     summary: Sequence[Row] = (),
     data: object = None,
     measured: Mapping[str, object] | None = None,
-    folder: Path | str = FOLDER,
-) -> Path:
-    """Write ``folder/name.json``, whole or not at all; returns its path.
+) -> dict[str, Any]:
+    """Write a result as JSON, whole or not at all, print it as it will stand on the page, and return it.
 
-    name : its section of the page is the part before the first dot
+    path : below results/ the part of its name before the first dot says where on the page it stands
     about : what is measured and what the columns mean, in words without figures
     tables : {"title", "columns", "rows"} each; cells are written as they are, floats with three digits
     summary : (what, figure, aim or "") rows for the table at the top of the page
@@ -106,12 +110,9 @@ def write_result(
         "tables": [dict(table) for table in tables],
         "data": data,
     }
-    path = Path(folder) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(result, indent=1, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-    return path
+    write_json(path, result)
+    sys.stdout.write(section(result))
+    return result
 
 
 def cell(value: object) -> str:
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"{PAGE} is stale; run python recipes/benchmark/results.py\n")
             return 1
         return 0
-    PAGE.write_text(text, encoding="utf-8")
+    write_text(PAGE, text)
     return 0
 
 
