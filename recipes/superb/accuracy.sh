@@ -33,7 +33,7 @@ for task in $TASKS; do
     limit=()
     [[ $task == KS ]] && limit=(--limit "$LIMIT")
     rm -rf "$data"
-    "$PYTHON" -m s3prl_speaker_upstreams.superb.corpora --task "$task" --speech "$SPEECH" --out "$data" "${limit[@]}"
+    "$PYTHON" -m s3prl_speaker_upstreams.demo.corpora --task "$task" --speech "$SPEECH" --out "$data" "${limit[@]}"
     touch "$data/.whole"
   fi
   DATA=$data "$RECIPE/run.sh" "$task" "$upstream" --device "${DEVICE:-cpu}" --workers 0 --lr "$RATES" \

@@ -24,9 +24,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from s3prl_speaker_upstreams.superb.corpora import generate
+from s3prl_speaker_upstreams.demo.corpora import generate
+from s3prl_speaker_upstreams.demo.voices import KINDS
 from s3prl_speaker_upstreams.superb.tasks import TASKS as TABLE
-from s3prl_speaker_upstreams.superb.voices import KINDS
 
 TASKS = ("KS", "SID", "ASV", "PR", "IC", "ER", "SD", "QbE")
 CONF = Path(__file__).resolve().parent / "conf"

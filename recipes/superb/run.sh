@@ -24,7 +24,7 @@ task=$1 upstream=$2
 shift 2
 source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 
-options=(--exp "$EXP" --conf "$RECIPE/conf")
+options=(--exp "$EXP")
 [[ -n $DATA ]] && options+=(--data "$DATA")
 [[ -n $S3PRL_ROOT ]] && options+=(--s3prl-root "$S3PRL_ROOT")
 

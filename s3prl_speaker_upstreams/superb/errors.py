@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from s3prl_speaker_upstreams.errors import SpeakerUpstreamError
 
-__all__ = ["CorpusError", "NoSpaceLeft", "RunFailed", "ScoringError", "UnknownTask"]
+__all__ = [
+    "CorpusError",
+    "IdentityMismatch",
+    "NoSpaceLeft",
+    "RunFailed",
+    "ScoringError",
+    "UnknownTask",
+    "UnknownUpstream",
+]
 
 
 class CorpusError(SpeakerUpstreamError, ValueError):
     """A corpus is absent, incomplete, of another sample rate, or holds damaged audio."""
 
 
+class IdentityMismatch(SpeakerUpstreamError, ValueError):
+    """Finished work was made from something else than this run; the message names the first field that differs."""
+
+
 class UnknownTask(SpeakerUpstreamError, ValueError):
-    """A task or an upstream of that name does not exist; the message lists those that do."""
+    """A task of that name does not exist; the message lists those that do."""
+
+
+class UnknownUpstream(UnknownTask):
+    """s3prl knows no upstream of that name, or the upstream gives no feature of that name."""
 
 
 class ScoringError(SpeakerUpstreamError, ValueError):

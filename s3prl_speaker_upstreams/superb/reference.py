@@ -2,7 +2,8 @@
 
 Source: the program of the official leaderboard, github.com/superbbenchmark/website-react at commit cacb90e (27 April
 2024): rows from ``backend/utils.py`` (``get_leaderboard_default``, entries of the Interspeech 2021 paper, arXiv
-2105.01051), reference points from ``frontend/src/Data.js``, the formula from ``frontend/src/overall_metrics.js``.
+2105.01051), reference points from ``frontend/src/Data.js``, the formula from ``frontend/src/overall_metrics.js``. The
+numbers stand with their task in :mod:`.tasks`.
 
 The leaderboard's FBANK row has KS 41.38, IC 9.65, SID 20.06 and ER 48.24, obtained with the downstream models of the
 challenge; it is given as it stands there, being the score's zero point. WavLM and speaker models are not among the
@@ -13,52 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from s3prl_speaker_upstreams.superb.tasks import TASKS
+
 __all__ = ["PAPER_TASKS", "POINTS", "ROWS", "SOURCE", "superb_score"]
 
 SOURCE = "SUPERB leaderboard, superbbenchmark/website-react@cacb90e, backend/utils.py (rows of arXiv 2105.01051)"
 
-_COLUMNS = (
-    *("PR_per_public", "ASR_wer_public", "KS_acc_public", "QbE_mtwv_public", "SID_acc_public", "SV_eer_public"),
-    *("SD_der_public", "IC_acc_public", "SF_f1_public", "SF_cer_public", "ER_acc_public"),
-    *("SE_pesq_public", "SE_stoi_public", "SS_sisdri_public"),
-)
-
-
-def _row(*values: float) -> dict[str, float]:
-    return dict(zip(_COLUMNS, values, strict=True))
-
+_METRICS = [(task, metric) for task in TASKS.values() for metric in task.metrics]
 
 ROWS: dict[str, dict[str, float]] = {
-    "FBANK": _row(
-        *(82.01, 23.18, 41.3826674, 0.58, 20.058174, 9.56, 10.05, 9.649354219, 69.64, 52.94, 48.23672168),
-        *(2.55, 93.6, 9.2341),
-    ),
-    "wav2vec 2.0 Base": _row(5.74, 6.43, 96.23, 2.33, 75.18, 6.02, 6.08, 92.35, 88.3, 24.77, 63.43, 2.55, 93.9, 9.77),
-    "wav2vec 2.0 Large": _row(4.75, 3.75, 96.66, 4.89, 86.14, 5.65, 5.62, 95.28, 87.11, 27.31, 65.64, 2.52, 94, 10.02),
-    "HuBERT Base": _row(5.41, 6.42, 96.3, 7.36, 81.42, 5.11, 5.88, 98.34, 88.53, 25.2, 64.92, 2.58, 93.9, 9.36),
-    "HuBERT Large": _row(3.53, 3.62, 95.29, 3.53, 90.33, 5.98, 5.75, 98.76, 89.81, 21.76, 67.62, 2.64, 94.2, 10.45),
+    row: {metric.leaderboard: metric.published[row] for _, metric in _METRICS if row in metric.published}
+    for row in ("FBANK", "wav2vec 2.0 Base", "wav2vec 2.0 Large", "HuBERT Base", "HuBERT Large")
 }
 """Upstream -> leaderboard column -> value, in the leaderboard's units (per cent where a share)."""
 
-POINTS: dict[str, tuple[float, float]] = {
-    "PR_per_public": (82.01, 3.53),
-    "KS_acc_public": (41.3826674, 96.66),
-    "IC_acc_public": (9.649354219, 98.76),
-    "SID_acc_public": (20.058174, 90.3),
-    "ER_acc_public": (48.23672168, 67.62),
-    "ASR_wer_public": (23.18, 3.62),
-    "QbE_mtwv_public": (0.58, 7.36),
-    "SF_f1_public": (69.64, 89.81),
-    "SF_cer_public": (52.94, 21.76),
-    "SV_eer_public": (9.56, 5.11),
-    "SD_der_public": (10.05, 5.62),
-    "SE_pesq_public": (2.55, 2.64),
-    "SE_stoi_public": (93.6, 94.2),
-    "SS_sisdri_public": (9.2341, 10.4514),
-}
+POINTS: dict[str, tuple[float, float]] = {metric.leaderboard: metric.points for _, metric in _METRICS}
 """Leaderboard column -> (value that scores 0, value that scores 1000)."""
 
-PAPER_TASKS = ("PR", "ASR", "KS", "QbE", "SID", "SV", "SD", "IC", "SF", "ER")
+PAPER_TASKS: tuple[str, ...] = tuple(
+    dict.fromkeys(metric.leaderboard.split("_")[0] for task, metric in _METRICS if task.paper)
+)
 """The ten tasks of the SUPERB paper, over which the leaderboard's "Paper" score is taken."""
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.signal import medfilt
 
-from s3prl_speaker_upstreams.superb.audio import write_text
+from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.superb.errors import ScoringError
 
 __all__ = [
@@ -152,7 +152,12 @@ def _error_of(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> tuple[fl
     miss = np.maximum(counts - found, 0)
     false_alarm = np.maximum(found - counts, 0)
     confusion = np.minimum(counts, found) - right
-    return tuple(float(part @ seconds) for part in (counts, miss, false_alarm, confusion))
+    return (
+        float(counts @ seconds),
+        float(miss @ seconds),
+        float(false_alarm @ seconds),
+        float(confusion @ seconds),
+    )
 
 
 def predictions_to_turns(

@@ -17,16 +17,19 @@ from pathlib import Path
 
 import pytest
 
-from s3prl_speaker_upstreams.superb import corpora, scoring
+from s3prl_speaker_upstreams.demo import corpora
+from s3prl_speaker_upstreams.superb import scoring
+from s3prl_speaker_upstreams.superb.configuration import CONF
 from s3prl_speaker_upstreams.superb.prepare import prepare
-from s3prl_speaker_upstreams.superb.stages import CONF
-from s3prl_speaker_upstreams.superb.tasks import TASKS, Task
+from s3prl_speaker_upstreams.superb.task import Task
+from s3prl_speaker_upstreams.superb.tasks import TASKS
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("s3prl", reason="s3prl is not installed")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.compat]
 
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "superb"
 DRIVER = Path(__file__).with_name("stock_driver.py")
 # (upstream, tasks): what the weighted sum, the frame rate and the layer count can break differs between families
 MORE = {
@@ -257,7 +260,7 @@ def test_other_upstreams_go_through_the_same_cycle(upstream, name, others, corpu
 def test_recipe_runs_from_check_to_table_and_survives_a_full_disk(tmp_path):
     """run.sh --smoke; the first attempt meets a full disk while it saves, the second goes on."""
     environment = {**os.environ, "EXP": str(tmp_path / "exp"), "PYTHON": sys.executable}
-    command = [str(CONF.parent / "run.sh"), "IC", "fbank", "--smoke", "--device", "cpu", "--set", "runner.max_keep=3"]
+    command = [str(RECIPE / "run.sh"), "IC", "fbank", "--smoke", "--device", "cpu", "--set", "runner.max_keep=3"]
     expdir = tmp_path / "exp" / "fbank" / "IC" / "lr1e-04"
     expdir.mkdir(parents=True)
     full = Path("/dev/full").exists()

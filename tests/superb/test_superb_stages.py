@@ -15,19 +15,28 @@ from pathlib import Path
 
 import pytest
 
-from s3prl_speaker_upstreams.errors import CheckpointUnreadable, ConfigError, MissingPackage
-from s3prl_speaker_upstreams.superb import collect, corpora, stages
-from s3prl_speaker_upstreams.superb.errors import NoSpaceLeft, RunFailed, ScoringError, UnknownTask
+from s3prl_speaker_upstreams.demo import corpora
+from s3prl_speaker_upstreams.errors import Busy, CheckpointUnreadable, ConfigError, MissingPackage
+from s3prl_speaker_upstreams.superb import collect, configuration, saved, stages, stock
+from s3prl_speaker_upstreams.superb.errors import (
+    IdentityMismatch,
+    NoSpaceLeft,
+    RunFailed,
+    ScoringError,
+    UnknownTask,
+    UnknownUpstream,
+)
 from s3prl_speaker_upstreams.superb.tasks import TASKS, Package
+from s3prl_speaker_upstreams.superb.work import Work
 
 torch = pytest.importorskip("torch")
 
 
-def _save(path: Path, step: int, score: float) -> None:
+def _save(path: Path, step: int, score: float, args: dict | None = None, config: dict | None = None) -> None:
     state = {
         "Step": step,
-        "Args": argparse.Namespace(mode="train"),
-        "Config": {"runner": {}},
+        "Args": argparse.Namespace(mode="train", **(args or {})),
+        "Config": config or {"runner": {}},
         "Featurizer": {"weights": torch.zeros(3)},
         "Downstream": {"best_score": torch.ones(1) * score},
     }
@@ -41,32 +50,44 @@ class FakeRunner:
         self.calls: list[list[str]] = []
         self.dev, self.test, self.layers = dev, test, layers
         self.fail_at: int | None = None
-        monkeypatch.setattr(stages, "_stock", self)
+        self.state, self.probed = "weights", 0
+        monkeypatch.setattr(stock, "run_stock", self)
 
     def __call__(self, run, arguments, log, *, module="s3prl.run_downstream", nproc=1):
         arguments = list(arguments)
         if module.endswith("probe"):
+            self.probed += 1
             if arguments[0] == "hubertt":
-                return json.dumps({"error": "unknown", "known": ["fbank", "hubert"]})
-            return "noise\n" + json.dumps({"layers": self.layers, "dim": 4, "rate": 160})
+                return json.dumps({"error": "unknown", "known": ["fbank", "hubert", *(f"x{n}" for n in range(200))]})
+            if "nosuch" in arguments:
+                return json.dumps({"error": "feature", "known": ["hidden_states"]})
+            behaviour = [[0.0, 1.0]] * self.layers
+            facts = {"layers": self.layers, "dim": 4, "rate": 160, "state": self.state, "behaviour": behaviour}
+            return "noise\n" + json.dumps(facts)
         self.calls.append(arguments)
         option = dict(zip(arguments, arguments[1:], strict=False))
         if option["-m"] == "train":
-            return self._train(run, option)
+            return self._train(run, arguments, option)
         return self._evaluate(run, option, log)
 
-    def _train(self, run, option):
+    def _train(self, run, arguments, option):
         expdir = Path(option["-p"]) if "-p" in option else Path(option["-e"]).parent
-        start = int(stages._read_checkpoint(Path(option["-e"]))["Step"]) if "-e" in option else 0
-        for step in range(start + 2, 5, 2):
+        before = saved.read(Path(option["-e"])) if "-e" in option else None
+        args, config = (vars(before["Args"]), before["Config"]) if before else _as_s3prl_records(arguments, option)
+        overrides = dict(part.split("=") for part in option.get("-o", "").split(",,") if part)
+        if "args.seed" in overrides:
+            args["seed"] = int(overrides["args.seed"])
+        total = int(overrides.get("config.runner.total_steps", config["runner"]["total_steps"]))
+        config["runner"]["total_steps"] = total
+        for step in range((before["Step"] if before else 0) + 2, total + 1, 2):
             if self.fail_at == step:
                 raise RunFailed("killed")
             for old in expdir.glob("states-*.ckpt"):
                 if run.task.name != "ASV":
                     old.unlink()
-            _save(expdir / f"states-{step}.ckpt", step, self.dev(expdir))
-            if run.task.best:
-                _save(expdir / run.task.best, step, self.dev(expdir))
+            for name in (f"states-{step}.ckpt", run.task.best):
+                if name:
+                    _save(expdir / name, step, self.dev(expdir), {k: v for k, v in args.items() if k != "mode"}, config)
         return ""
 
     def _evaluate(self, run, option, log):
@@ -85,6 +106,24 @@ class FakeRunner:
         for source, _ in run.task.predictions:
             (expdir / Path(source).name).write_text("prediction\n")
         return text
+
+
+def _as_s3prl_records(arguments: list[str], option: dict) -> tuple[dict, dict]:
+    """Args and Config as the runner saves them."""
+    import yaml
+
+    args = {
+        "upstream": option["-u"],
+        "downstream": option["-d"],
+        "upstream_ckpt": option.get("-k"),
+        "upstream_model_config": option.get("-g"),
+        "upstream_feature_selection": option["-s"],
+        "upstream_feature_normalize": "--upstream_feature_normalize" in arguments,
+        "upstream_layer_selection": None,
+        "upstream_trainable": False,
+        "seed": int(option["--seed"]),
+    }
+    return args, yaml.safe_load(Path(option["-c"]).read_text())
 
 
 def _stdlist(run, expdir: Path, option: dict, layer_is_right) -> None:
@@ -110,7 +149,7 @@ def make(tmp_path):
         if not data.is_dir():
             corpora.generate(task, data, scale=2)
         settings = {"task": TASKS[task], "upstream": "fbank", "exp": tmp_path / "exp", "data": data, "smoke": True}
-        return stages.Run(**{**settings, **options})
+        return stages.Run(**{**settings, "device": "cpu", **options})
 
     return run
 
@@ -142,9 +181,10 @@ def test_finished_stages_are_skipped_and_force_repeats_them(make, monkeypatch):
     assert len(fake.calls) == before
     stages.run_stages(replace(run, force=True), ["evaluate"])
     assert len(fake.calls) == before + 1
-    # other options are other work
-    stages.run_stages(replace(run, settings={"runner.total_steps": 2}), ["check", "train"])
-    assert len(fake.calls) > before
+    # more updates go on from where it ended
+    stages.run_stages(replace(run, settings={"runner.total_steps": 6}))
+    assert "-e" in fake.calls[-2] and _result(run)["choice"]["checkpoints"][""].endswith("dev-best.ckpt")
+    assert saved.read(run.folder / "lr1e-04" / "dev-best.ckpt")["Step"] == 6
 
 
 def test_each_stage_says_which_one_is_missing(make, monkeypatch):
@@ -230,6 +270,12 @@ def test_verification_takes_the_best_of_all_saved_checkpoints(make, monkeypatch)
     (run.folder / ".done" / "choose.json").unlink()
     stages.run_stages(run, ["choose"])
     assert len(fake.calls) == tested
+    # but one that has other content, under the same name, is
+    content = torch.load(run.folder / "lr1e-04" / "states-4.ckpt", weights_only=False)
+    torch.save({**content, "Featurizer": {"weights": torch.ones(3)}}, run.folder / "lr1e-04" / "states-4.ckpt")
+    (run.folder / ".done" / "choose.json").unlink()
+    stages.run_stages(run, ["choose"])
+    assert [call[call.index("-e") + 1][-13:] for call in fake.calls[tested:]] == ["states-4.ckpt"]
 
 
 def test_query_by_example_tests_the_layer_that_is_best_on_dev(make, monkeypatch):
@@ -244,7 +290,7 @@ def test_query_by_example_tests_the_layer_that_is_best_on_dev(make, monkeypatch)
 
 def test_training_that_never_got_better_on_dev_takes_the_last_checkpoint(make, monkeypatch, caplog):
     fake = FakeRunner(monkeypatch)
-    monkeypatch.setattr(fake, "_train", lambda run, option: _save(Path(option["-p"]) / "states-4.ckpt", 4, 0.0))
+    monkeypatch.setattr(fake, "_train", lambda run, _, option: _save(Path(option["-p"]) / "states-4.ckpt", 4, 0.0))
     run = make("KS")
     stages.run_stages(run)
     assert _result(run)["choice"]["checkpoints"][""].endswith("states-4.ckpt")
@@ -254,12 +300,37 @@ def test_training_that_never_got_better_on_dev_takes_the_last_checkpoint(make, m
 def test_several_gpus_take_the_place_of_accumulated_batches(make, monkeypatch):
     fake = FakeRunner(monkeypatch)
     run = make("SID", nproc=4, settings={"runner.gradient_accumulate_steps": 4})
-    assert stages._config(run)["runner"]["gradient_accumulate_steps"] == 1
-    with pytest.raises(ConfigError, match="accumulates 4 batches"):
-        stages._config(replace(run, nproc=3))
+    assert configuration.effective(run)["runner"]["gradient_accumulate_steps"] == 1
+    with pytest.raises(ConfigError, match="4 batches of 4 utterances, which 3 GPUs cannot share evenly"):
+        configuration.effective(replace(run, nproc=3))
     with pytest.raises(ConfigError, match="on CUDA only"):
         stages.run_stages(replace(run, device="cpu"))
     assert not fake.calls
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.trained])
+@pytest.mark.parametrize("nproc", [2, 4, 8])
+def test_an_update_sees_as_many_utterances_on_any_number_of_gpus(task, nproc, tmp_path):
+    """Also where one batch is an update (KS, ASR, IC, SF): then the batch itself is shared."""
+    spec = TASKS[task]
+    one = stages.Run(spec, "fbank", tmp_path, data=tmp_path)
+    shared = replace(one, nproc=nproc)
+    if not spec.distributed:
+        with pytest.raises(ConfigError, match="in one process only"):
+            configuration.effective(shared)
+        return
+
+    def utterances(run):
+        config = configuration.effective(run)
+        batch = configuration.look_up(config, spec.batch)
+        return run.nproc * config["runner"]["gradient_accumulate_steps"] * batch
+
+    if utterances(one) % nproc:
+        with pytest.raises(ConfigError, match="cannot share evenly"):
+            configuration.effective(shared)
+    else:
+        assert utterances(shared) == utterances(one)
+        assert not configuration.not_stock(shared)
 
 
 def test_torchrun_hands_the_rank_to_the_stock_program(monkeypatch):
@@ -284,26 +355,52 @@ def test_a_training_with_other_hyperparameters_is_not_gone_on_with(make, monkeyp
         stages.run_stages(run)
     fake.fail_at = None
     bigger = replace(run, settings={"downstream_expert.datarc.batch_size": 8})
-    with pytest.raises(ConfigError, match="batch_size=4, this one has 8; give another --tag"):
+    with pytest.raises(IdentityMismatch, match="batch_size 4, this run has 8. To keep both, give another --tag"):
         stages.run_stages(bigger)
     stages.run_stages(replace(run, workers=2, settings={"runner.total_steps": 4}))  # those may change
     stages.run_stages(replace(bigger, force=True))
     assert "batch_size: 8" in (run.folder / "lr1e-04" / "config.yaml").read_text()
+    with pytest.raises(IdentityMismatch, match="total_steps 4, this run has 2"):
+        stages.run_stages(replace(bigger, settings={**bigger.settings, "runner.total_steps": 2}))
 
 
 def test_missing_package_names_the_extra_before_any_work(make, monkeypatch):
     fake = FakeRunner(monkeypatch)
     lacking = replace(TASKS["KS"], packages=(Package("no_such_package_at_all", "no-such-package"),))
     run = replace(make("KS"), task=lacking)
-    with pytest.raises(MissingPackage, match=r"no-such-package: pip install 's3prl-speaker-upstreams\[ks\]'"):
+    with pytest.raises(MissingPackage, match=r"no-such-package: pip install no-such-package"):
         stages.run_stages(run)
     assert not fake.calls
 
 
-def test_unknown_upstream_lists_those_that_exist(make, monkeypatch):
+def test_unknown_upstream_gets_the_nearest_and_not_the_whole_hub(make, monkeypatch):
     FakeRunner(monkeypatch)
-    with pytest.raises(UnknownTask, match="did you mean hubert.*knows fbank, hubert"):
+    with pytest.raises(UnknownUpstream, match="among its 202; did you mean hubert") as error:
         stages.run_stages(make("KS", upstream="hubertt"))
+    assert "x17" not in str(error.value) and isinstance(error.value, UnknownTask)
+
+
+def test_unknown_feature_is_refused_for_s3prl_would_take_another(make, monkeypatch):
+    fake = FakeRunner(monkeypatch)
+    with pytest.raises(
+        UnknownUpstream, match="--feature nosuch: fbank gives no such feature .* it gives hidden_states"
+    ):
+        stages.run_stages(make("KS", feature="nosuch"))
+    assert not fake.calls
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu_is_told_in_one_line_before_anything(make, monkeypatch, capsys):
+    from s3prl_speaker_upstreams.superb.__main__ import main
+
+    fake = FakeRunner(monkeypatch)
+    run = make("KS")
+    assert main(["run", "KS", "fbank", "--data", str(run.corpus), "--exp", str(run.exp)]) == 1
+    message = capsys.readouterr().err
+    assert "give --device cpu" in message and message.count("\n") == 1
+    assert not fake.calls and not fake.probed
+    assert main(["run", "KS", "fbank", "--data", str(run.corpus), "--exp", str(run.exp), "--device", "gpu"]) == 1
+    assert "torch knows no such device" in capsys.readouterr().err
 
 
 def test_too_little_disk_is_told_before_training(make, monkeypatch):
@@ -323,15 +420,16 @@ def test_paths_that_the_override_option_cannot_carry_are_refused(make, monkeypat
 def test_a_run_that_another_process_holds_is_left_alone(make, monkeypatch):
     FakeRunner(monkeypatch)
     run = make("KS")
-    with stages._alone(run), pytest.raises(RunFailed, match="another process works on this run"):
+    with Work(run).alone(run.folder / "lr1e-04"), pytest.raises(Busy, match="in use by another process"):
         stages.run_stages(run)
+    stages.run_stages(run)
 
 
 def test_a_checkpoint_that_could_run_code_is_not_loaded_nor_moved(tmp_path):
     path = tmp_path / "states-2.ckpt"
     torch.save({"Step": 2, "evil": Path("/etc")}, path)
     with pytest.raises(CheckpointUnreadable, match="was not loaded"):
-        stages.checkpoints(tmp_path)
+        saved.checkpoints(tmp_path)
     assert path.is_file()
 
 
@@ -364,11 +462,11 @@ def test_a_failing_command_shows_its_last_lines_and_a_full_disk_is_named(make, t
     (tmp_path / "full_save.py").write_text("import torch\ntorch.save({'a': torch.zeros(4000)}, '/dev/full')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunFailed, match="the cause"):
-        stages._stock(run, [], tmp_path / "log", module="boom")
+        stock.run_stock(run, [], tmp_path / "log", module="boom")
     if Path("/dev/full").exists():
         for module in ("full", "full_save"):
             with pytest.raises(NoSpaceLeft, match="goes on from the last whole one"):
-                stages._stock(run, [], tmp_path / "log", module=module)
+                stock.run_stock(run, [], tmp_path / "log", module=module)
     assert "ValueError" in (tmp_path / "log").read_text()
 
 
@@ -379,10 +477,10 @@ def test_a_killed_stage_leaves_no_runner_behind(tmp_path):
         "os.rename(os.environ['PIDFILE'] + '.new', os.environ['PIDFILE'])\ntime.sleep(60)\n"
     )
     code = (
-        "import pathlib; from s3prl_speaker_upstreams.superb import stages; "
+        "import pathlib; from s3prl_speaker_upstreams.superb import stages, stock; "
         "from s3prl_speaker_upstreams.superb.tasks import TASKS; "
         "run = stages.Run(TASKS['KS'], 'fbank', pathlib.Path('exp')); "
-        "stages._stock(run, [], pathlib.Path('log'), module='child')"
+        "stock.run_stock(run, [], pathlib.Path('log'), module='child')"
     )
     pid_file = tmp_path / "pid"
     environment = {**os.environ, "PIDFILE": str(pid_file)}
@@ -421,10 +519,11 @@ def test_collect_writes_one_table_with_published_rows_and_sources(scored, tmp_pa
     collect.collect(scored[0].exp, tmp_path / "tables")
     markdown, latex, csv = ((tmp_path / "tables" / f"superb.{s}").read_text() for s in ("md", "tex", "csv"))
     rows = {line.split("|")[1].strip(): line for line in markdown.splitlines() if line.startswith("| ")}
-    assert re.search(r"\| 25.00 \|  \| 25.00 \|", rows["fbank"]) and "96.30" in rows["HuBERT Base"]
+    assert re.search(r"\| 25.00\* \|  \| 25.00\* \|", rows["fbank"]) and "96.30" in rows["HuBERT Base"]
     assert "website-react@cacb90e" in markdown and "not stock hyperparameters" in markdown
-    assert r"other\_upstream" in latex and latex.count(r"\\") == 1 + len(rows) - 1
-    assert csv.splitlines()[0] == "upstream,KS acc,IC acc,ER acc,SUPERB score,source"
+    assert r"other\_upstream" in latex and latex.count(r"\\") == 2 + len(rows) - 1
+    head = csv.splitlines()[0]
+    assert head.startswith("upstream,KS acc,IC acc,ER acc,SUPERB score,weights,feature,normalize,seeds,not stock,")
     without = collect.collect(scored[0].exp, tmp_path / "plain", reference=False)
     assert "HuBERT" not in without[0].read_text()
 
@@ -433,7 +532,7 @@ def test_collect_names_checkpoints_whose_layer_weights_can_be_read(scored, tmp_p
     collect.collect(scored[0].exp, tmp_path)
     weights = json.loads((tmp_path / "layer_weights.json").read_text())
     assert set(weights) == {"fbank KS", "fbank ER", "other_upstream KS"}  # one_layer has none
-    content = stages._read_checkpoint(Path(weights["fbank KS"]))
+    content = saved.read(Path(weights["fbank KS"]))
     assert content["Featurizer"]["weights"].shape == (3,)
 
 

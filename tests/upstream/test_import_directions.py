@@ -49,7 +49,14 @@ FORBIDDEN = {
         f"{OURS}.{part}"
         for part in ("ecapa", "checkpoints", "weights", "expert", "hubconf", "registration", "pretrain", "superb")
     ],
-    f"{OURS}/superb": [f"{OURS}.{part}" for part in ("ecapa", "checkpoints", "weights", "expert", "pretrain")],
+    f"{OURS}/superb": [
+        f"{OURS}.{part}"
+        for part in (
+            *("ecapa", "checkpoints", "weights", "data", "pretrain", "verification"),
+            *("compat", "expert", "hubconf", "registration"),
+        )
+    ],
+    f"{OURS}/demo": ["s3prl", *(f"{OURS}.{part}" for part in ("ecapa", "checkpoints", "pretrain", "compat", "expert"))],
     "cka_addon": [OURS],
 }
 

@@ -28,7 +28,7 @@ def corpus(tmp_path_factory):
     """Three speakers, tones with noise, laid out as VoxCeleb1."""
     import numpy as np
 
-    from s3prl_speaker_upstreams.superb.voxceleb import lay_out_voxceleb1
+    from s3prl_speaker_upstreams.demo.voxceleb import lay_out_voxceleb1
 
     draw = np.random.default_rng(0)
     time = np.arange(16000) / 16000
@@ -81,7 +81,7 @@ def test_second_corpus_is_not_answered_from_the_first(untrained, corpus, tmp_pat
     """s3prl caches SID's path lists inside its package, keyed by split alone."""
     import numpy as np
 
-    from s3prl_speaker_upstreams.superb.voxceleb import lay_out_voxceleb1
+    from s3prl_speaker_upstreams.demo.voxceleb import lay_out_voxceleb1
 
     noise = np.random.default_rng(1).uniform(-0.1, 0.1, (2, 4, 16000)).astype(np.float32)
     other = lay_out_voxceleb1({"x": list(noise[0]), "y": list(noise[1])}, tmp_path / "other")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE
+from s3prl_speaker_upstreams.demo import espeak
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.superb import espeak
-from s3prl_speaker_upstreams.superb.audio import SAMPLE_RATE
 
 __all__ = ["KINDS", "Voices"]
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from s3prl_speaker_upstreams import demo
+from s3prl_speaker_upstreams.demo import espeak
+from s3prl_speaker_upstreams.demo import speech as demo
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.superb import espeak
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 
+from s3prl_speaker_upstreams.demo import corpora, espeak
+from s3prl_speaker_upstreams.demo.voices import Voices
+from s3prl_speaker_upstreams.demo.voxceleb import lay_out_voxceleb1
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.superb import corpora, espeak
 from s3prl_speaker_upstreams.superb.checks import check_corpus
 from s3prl_speaker_upstreams.superb.errors import CorpusError, UnknownTask
 from s3prl_speaker_upstreams.superb.prepare import prepare
 from s3prl_speaker_upstreams.superb.tasks import TASKS
-from s3prl_speaker_upstreams.superb.voices import Voices
-from s3prl_speaker_upstreams.superb.voxceleb import lay_out_voxceleb1
 
 
 def _tree(root: Path) -> dict[str, bytes]:

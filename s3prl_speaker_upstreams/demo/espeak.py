@@ -16,8 +16,8 @@ from functools import lru_cache
 import numpy as np
 import soxr
 
+from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE
 from s3prl_speaker_upstreams.errors import ConfigError, MissingPackage
-from s3prl_speaker_upstreams.superb.audio import SAMPLE_RATE
 
 __all__ = ["VOICES", "available", "speak"]
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from s3prl_speaker_upstreams.superb.audio import SAMPLE_RATE, read_audio, write_audio, write_text
+from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE, read_audio, write_audio
+from s3prl_speaker_upstreams.common.files import write_text
+from s3prl_speaker_upstreams.errors import BadAudio
 from s3prl_speaker_upstreams.superb.errors import CorpusError
 
-__all__ = ["SPEAKERS", "VoxCeleb1", "lay_out_voxceleb1"]
+__all__ = ["SPEAKERS", "VoxCeleb1", "lay_out_voxceleb1", "read_clip"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,14 @@ class VoxCeleb1:
     dev_trials: Path
     speakers: dict[str, str] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+
+
+def read_clip(path: str | os.PathLike[str]) -> np.ndarray:
+    """One recording as (samples,) float32 at 16 kHz. Raises CorpusError if it is missing, damaged or empty."""
+    try:
+        return read_audio(path)[0]
+    except BadAudio as error:
+        raise CorpusError(str(error)) from error
 
 
 def _joined(clips: list[np.ndarray], seconds: float | None) -> list[np.ndarray]:
@@ -124,7 +134,7 @@ def lay_out_voxceleb1(
         items = list(utterances[speaker])
         if join_seconds is not None:
             random.Random(f"{seed}-{speaker}").shuffle(items)
-        clips = [np.asarray(item, np.float32) if isinstance(item, np.ndarray) else read_audio(item) for item in items]
+        clips = [np.asarray(item, np.float32) if isinstance(item, np.ndarray) else read_clip(item) for item in items]
         pieces = _joined(clips, join_seconds)
         if len(pieces) < 3:
             raise CorpusError(

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
-from s3prl_speaker_upstreams.errors import ConfigError, DownloadError, MissingPackage, SpeakerUpstreamError
-from s3prl_speaker_upstreams.superb import espeak
-from s3prl_speaker_upstreams.superb.audio import SAMPLE_RATE, write_text
-from s3prl_speaker_upstreams.superb.voxceleb import lay_out_voxceleb1
+from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE, find_audio, probe
+from s3prl_speaker_upstreams.common.files import write_text
+from s3prl_speaker_upstreams.demo import espeak
+from s3prl_speaker_upstreams.demo.voxceleb import lay_out_voxceleb1
+from s3prl_speaker_upstreams.errors import BadAudio, ConfigError, DownloadError, MissingPackage, SpeakerUpstreamError
 
 __all__ = ["accuracy", "espeak_speakers", "main", "speakers_in"]
 
@@ -76,8 +76,8 @@ def speakers_in(folder: str | os.PathLike[str]) -> dict[str, list[Path]]:
         if (root / nested).is_dir():
             root = root / nested
     found = {}
-    for speaker in sorted(path for path in root.iterdir() if path.is_dir()):
-        recordings = sorted(path for path in speaker.rglob("*") if path.suffix.lower() in {".wav", ".flac", ".ogg"})
+    for speaker in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
+        recordings = [path for path in find_audio(speaker) if path.suffix.lower() in {".wav", ".flac", ".ogg"}]
         if len(recordings) >= 3:
             found[speaker.name] = recordings
     if len(found) < 2:
@@ -127,15 +127,15 @@ def _seconds(recording: Path | np.ndarray) -> float:
     if isinstance(recording, np.ndarray):
         return len(recording) / SAMPLE_RATE
     try:
-        return soundfile.info(str(recording)).duration
-    except RuntimeError as error:  # soundfile.LibsndfileError
-        raise ConfigError(f"{recording}: cannot be read as audio ({error}); repair or remove it") from error
+        return probe(recording).seconds
+    except BadAudio as error:
+        raise ConfigError(f"{error}; or remove it") from error
 
 
 def _some(speech: dict[str, list], speakers: int, seconds: float) -> dict[str, list]:
     """At most so many speakers, and so much speech of each, drawn with a fixed seed."""
     draw = random.Random(0)
-    chosen = {}
+    chosen: dict[str, list] = {}
     for name in sorted(draw.sample(sorted(speech), min(speakers, len(speech)))):
         total, chosen[name] = 0.0, []
         for recording in draw.sample(speech[name], len(speech[name])):
