@@ -64,6 +64,10 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
                 continue
         return _coerce(choices[-1], value, path)
     if origin is typing.Literal:
+        if isinstance(value, bool) and not any(value is a for a in args):
+            # YAML 1.1 reads the words off and no as false, on and yes as true
+            words = [a for a in args if a in (("on", "yes", "true") if value else ("off", "no", "false"))]
+            value = words[0] if len(words) == 1 else value
         if value in args:
             return value
         near = nearest(value, args)

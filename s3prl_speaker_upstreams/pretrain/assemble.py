@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..common.audio import find_audio
+from ..common.digests import json_sha256
 from ..data.augment import AugmentConfig, Augmenter
 from ..ecapa import Frontend, SpeakerEncoder
 from ..errors import ConfigError
@@ -51,6 +53,22 @@ def make_manifest(config: PretrainConfig) -> Any:
     if is_main():
         logger.info("layout %r: %s", manifest.report.layout, manifest.describe_speakers())
     return manifest
+
+
+def recordings_digest(source: str | Sequence[str] | None) -> str | None:
+    """Identity of a folder, list file or list of recordings by names and sizes, wherever it is; None for none.
+
+    >>> recordings_digest(None) is None
+    True
+    """
+    if source is None:
+        return None
+    names: list[tuple[str, int]] = []
+    for place in [source] if isinstance(source, str) else source:
+        root = Path(place)
+        files = find_audio(root) if root.is_dir() else [root] if root.exists() else []
+        names += [(str(f.relative_to(root)) if f != root else f.name, f.stat().st_size) for f in files]
+    return json_sha256(names)
 
 
 def make_augmenter(config: AugmentConfig) -> Augmenter | None:
@@ -138,9 +156,10 @@ def make_evaluation(config: PretrainConfig) -> Callable[[SpeakerEncoder], dict[s
     """Verification on ``eval.trials`` with cosine scores after mean subtraction, or None without a trial list."""
     if config.eval.trials is None:
         return None
-    from ..verification.evaluate import verification
+    from ..verification.evaluate import find_recordings, verification
 
     trials, root = config.eval.trials, config.eval.root or str(Path(config.eval.trials).parent)
+    find_recordings(trials, root)  # a wrong list is found now, not hours later at the first evaluation
 
     def evaluate(encoder: SpeakerEncoder) -> dict[str, float]:
         result = verification(embed_with(encoder), trials, root)
@@ -153,6 +172,7 @@ def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bo
     """Everything of a run, in this process; joins torchrun's group first."""
     device = pick_device(config.run.device)
     start_distributed(device)
+    evaluate = make_evaluation(config)
     manifest = make_manifest(config)
     loader, batches, classes = make_loader(config, manifest)
     data = {
@@ -161,6 +181,9 @@ def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bo
         "utterances": len(manifest),
         "hours": round(float(manifest.seconds) / 3600, 4),
         "speakers": len(manifest.speakers) if config.method == "supervised" else 0,
+        "speaker_names": json_sha256(list(manifest.speakers)) if config.method == "supervised" else None,
+        "noise": recordings_digest(config.data.augment.noise),
+        "rirs": recordings_digest(config.data.augment.rirs),
     }
     return Trainer(
         config,
@@ -169,6 +192,6 @@ def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bo
         batches_per_epoch=batches,
         classes=classes,
         data=data,
-        evaluate=make_evaluation(config),
+        evaluate=evaluate,
         changed_config=changed_config,
     )

@@ -2,17 +2,20 @@
 
 A checkpoint is ``step_00000150.pt`` with its SHA-256 in ``step_00000150.pt.sha256``. It is written beside, flushed to
 the disk and renamed; a kill at any moment leaves the previous one. Reading uses ``torch.load(weights_only=True)``.
+A full disk costs the older checkpoints first (all but the newest and the best), then this one, never the run.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,6 +54,25 @@ def load_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+class _Noting(io.FileIO):
+    """A file that remembers why writing failed: ``torch.save`` reports any failure as a RuntimeError without reason."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        try:
+            while done < len(view):  # one call may write less than all
+                done += super().write(view[done:]) or 0
+        except OSError as error:
+            self.failure = error
+            raise
+        return done
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
 class CheckpointStore:
     """The checkpoints of one run in ``folder``: the last ``keep_last`` and the best.
 
@@ -70,6 +92,13 @@ class CheckpointStore:
             return []
         return sorted(p for p in self.folder.iterdir() if _NAME.match(p.name))
 
+    def recent(self) -> list[Path]:
+        """Checkpoints on disk, oldest first, without one that is older than the others and only kept as the best."""
+        record, paths = self._best_record(), self.paths()
+        if record is not None and record.get("outlived", len(paths) > self.keep_last):
+            paths = [p for p in paths if self.step_of(p) != record["step"]]
+        return paths
+
     @staticmethod
     def step_of(path: Path) -> int:
         """Optimizer steps done at a checkpoint, from its name."""
@@ -79,25 +108,24 @@ class CheckpointStore:
         return int(match.group(1))
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Write ``state``; returns the path, or None if the disk refused (logged; older checkpoints are kept).
+        """Write ``state``; returns the path, or None if the disk refused (logged; the newest checkpoint is kept).
 
-        Training goes on without this checkpoint: losing some minutes at the next kill is better than stopping now.
+        On a full disk all but the newest and the best checkpoint make room, and it is tried again. Training goes on
+        without this checkpoint if that fails too: losing some minutes at the next kill is better than stopping now.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".step_*.part"):  # of a run that was killed while writing
-            stale.unlink(missing_ok=True)
         path = self.folder / f"step_{step:08d}.pt"
-        temporary = self.folder / f".{path.name}.part"
         try:
-            with open(temporary, "wb") as stream:
-                torch.save(state, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            digest = file_sha256(temporary)
-            write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n", durable=True)
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            temporary.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(".step_*.part"):  # of a run that was killed while writing
+                stale.unlink(missing_ok=True)
+            try:
+                self._write(path, state)
+            except OSError as error:
+                if error.errno not in _NO_ROOM or not self._prune(keep_last=1, but=path):
+                    raise
+                logger.warning("step %d: the disk is full; older checkpoints were removed to make room", step)
+                self._write(path, state)
+        except OSError as error:
             if not path.exists():
                 path.with_name(path.name + ".sha256").unlink(missing_ok=True)
             kept = self.paths()
@@ -109,29 +137,63 @@ class CheckpointStore:
                 self.folder,
             )
             return None
-        self._prune()
+        self._prune(self.keep_last)
         return path
 
-    def _prune(self) -> None:
-        best = self.best()
-        for path in self.paths()[: -self.keep_last]:
-            if best is None or path.name != best[0].name:
+    @staticmethod
+    def _write(path: Path, state: dict[str, Any]) -> None:
+        temporary = path.with_name(f".{path.name}.part")
+        try:
+            with _Noting(temporary, "w") as stream:
+                try:
+                    torch.save(state, cast(Any, stream))
+                except RuntimeError as error:
+                    raise stream.failure or OSError(str(error)) from error
+                os.fsync(stream.fileno())
+            digest = file_sha256(temporary)
+            write_text(path.with_name(path.name + ".sha256"), f"{digest}  {path.name}\n", durable=True)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _prune(self, keep_last: int, but: Path | None = None) -> int:
+        """Remove all but the best and the last ``keep_last``; returns how many there were to remove."""
+        best, removed = self.best(), 0
+        for path in self.paths()[:-keep_last]:
+            if best is not None and path.name == best[0].name:
+                record = self._best_record()
+                if record is not None and not record.get("outlived"):
+                    self._write_best({**record, "outlived": True})
+            elif path != but:
                 path.unlink(missing_ok=True)
                 path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+                removed += 1
+        return removed
 
     def mark_best(self, step: int, value: float, name: str = "eer") -> None:
         """Remember the checkpoint of ``step`` as the best by ``name`` (smaller is better)."""
-        write_text(
-            self.folder / "best.json", json.dumps({"step": step, name: value, "metric": name}) + "\n", durable=True
-        )
+        self._write_best({"step": step, name: value, "metric": name, "outlived": False})
+
+    def _write_best(self, record: dict[str, Any]) -> None:
+        try:
+            write_text(self.folder / "best.json", json.dumps(record) + "\n", durable=True)
+        except OSError as error:
+            logger.error("%s could not be written (%s); training goes on", self.folder / "best.json", error)
+
+    def _best_record(self) -> dict[str, Any] | None:
+        try:
+            record = json.loads((self.folder / "best.json").read_text())
+            return record if isinstance(record["step"], int) and float(record[record["metric"]]) >= 0 else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
 
     def best(self) -> tuple[Path, float] | None:
         """The best checkpoint and its value, or None if there is none."""
-        try:
-            record = json.loads((self.folder / "best.json").read_text())
-            return self.folder / f"step_{record['step']:08d}.pt", float(record[record["metric"]])
-        except (FileNotFoundError, ValueError, KeyError):
+        record = self._best_record()
+        if record is None:
             return None
+        return self.folder / f"step_{record['step']:08d}.pt", float(record[record["metric"]])
 
     @staticmethod
     def load(path: str | Path) -> dict[str, Any]:
@@ -143,32 +205,40 @@ class CheckpointStore:
         record = path.with_name(path.name + ".sha256")
         if not path.is_file():
             raise CheckpointUnreadable(f"{path}: no such checkpoint")
-        if record.is_file():
-            expected, got = record.read_text().split()[0], file_sha256(path)
-            if got != expected:
-                raise CheckpointUnreadable(f"{path}: corrupt: SHA-256 {got[:12]}..., expected {expected[:12]}...")
         try:
+            if record.is_file():
+                expected, got = record.read_text().split()[0], file_sha256(path)
+                if got != expected:
+                    raise CheckpointUnreadable(f"{path}: corrupt: SHA-256 {got[:12]}..., expected {expected[:12]}...")
             return torch.load(path, map_location="cpu", weights_only=True)
+        except CheckpointUnreadable:
+            raise
         except Exception as error:  # unpickling a damaged file may raise nearly anything
             raise CheckpointUnreadable(f"{path}: not readable: {type(error).__name__}: {error}") from error
 
     def load_newest(self) -> tuple[dict[str, Any], Path] | None:
         """The newest checkpoint that can be read; unreadable newer ones are reported and set aside as ``*.corrupt``.
 
-        None if there is no checkpoint at all. Raises CheckpointUnreadable if there are some and none can be read.
+        None if there never was a checkpoint. Raises CheckpointUnreadable, on every start, if there are some and none
+        can be read: only the user may say that a run begins anew.
         """
-        paths = self.paths()
-        for path in reversed(paths):
+        corrupt: list[tuple[Path, CheckpointUnreadable]] = []
+        for path in reversed(self.paths()):
             try:
                 state = self.load(path)
             except CheckpointUnreadable as error:
-                logger.error("%s; falling back to the checkpoint before it", error)
-                os.replace(path, path.with_name(path.name + ".corrupt"))
-                path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+                corrupt.append((path, error))
                 continue
+            for bad, error in corrupt:
+                logger.error("%s; falling back to the checkpoint before it", error)
+                os.replace(bad, bad.with_name(bad.name + ".corrupt"))
+                bad.with_name(bad.name + ".sha256").unlink(missing_ok=True)
             return state, path
-        if paths:
+        aside = sorted(self.folder.glob("step_*.corrupt")) if self.folder.is_dir() else []
+        if corrupt or aside:
             raise CheckpointUnreadable(
-                f"{self.folder}: none of {len(paths)} checkpoints can be read; remove the folder to start anew"
+                f"{self.folder}: none of {len(corrupt) + len(aside)} checkpoints can be read "
+                f"({corrupt[0][1] if corrupt else aside[-1].name}). Bring one back from a copy, or remove this folder "
+                "to begin again at step 0"
             )
         return None

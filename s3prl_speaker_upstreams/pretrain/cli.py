@@ -37,8 +37,9 @@ def _pretrain(args: argparse.Namespace) -> int:
         return 0
     from ..errors import ConfigError
     from .assemble import build_trainer
+    from .checkpointing import rng_state
     from .distributed import is_main
-    from .export import export
+    from .export import export_state
 
     if args.out is None:
         raise ConfigError("--out FOLDER is needed: checkpoints, logs and the exported model go there")
@@ -47,9 +48,24 @@ def _pretrain(args: argparse.Namespace) -> int:
         sys.stderr.write(trainer.describe() + "\n")
     trainer.run(stop_after=args.stop_after)
     trainer.loader.close()
-    if is_main() and trainer.step == trainer.total:
-        written = export(args.out, Path(args.out) / "model.safetensors")
-        sys.stderr.write(f"trained: {written}\nuse it:  -u {_entry(config.method)} -k {written}\n")
+    if trainer.stopped:  # 143 after SIGTERM, 130 after Ctrl-C: no script takes a half-trained model for a trained one
+        return 128 + trainer.stopped
+    if not trainer.finished:
+        sys.stderr.write(f"stopped after step {trainer.step} of {trainer.last_step}, as --stop-after says\n")
+        return 0
+    if not is_main():
+        return 0
+    path = Path(args.out) / "checkpoints" / f"step_{trainer.step:08d}.pt"
+    try:  # what is in memory: the disk may not have taken the last checkpoint
+        written = export_state(trainer.state(rng=[rng_state()]), path, Path(args.out) / "model.safetensors")
+    except OSError as error:
+        raise ConfigError(f"trained, but the model could not be written: {error}; free space and run again") from error
+    sys.stderr.write(f"trained: {written}\nuse it:  -u {_entry(config.method)} -k {written}\n")
+    if not trainer.saved:
+        raise ConfigError(
+            f"{written} is the trained model, but the checkpoint of step {trainer.step} could not be written: the run "
+            "cannot be averaged or continued from there. Free space and run the same command again"
+        )
     return 0
 
 
@@ -195,7 +211,10 @@ def add_parsers(subparsers: Any) -> None:
     )  # fmt: skip
     p.add_argument("sources", nargs="+", help="a run's folder, or checkpoints")
     p.add_argument("destination", help="a .safetensors file or a folder")
-    p.add_argument("--last", type=int, default=5, help="how many of a run's newest checkpoints")
+    p.add_argument(
+        "--last", type=int, metavar="N",
+        help="how many of a run's newest checkpoints; more than there are is an error (default: 5, or all of fewer)",
+    )  # fmt: skip
     p.add_argument("--role", choices=("teacher", "student", "supervised"))
     p.add_argument("--fp16", action="store_true", help="half the size")
     p.set_defaults(func=_average)

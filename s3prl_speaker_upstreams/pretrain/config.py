@@ -237,6 +237,19 @@ class PretrainConfig:
             raise ConfigError("data: DINO compares different views; global_crops >= 2 or local_crops >= 1 is needed")
         if self.run.keep_last < 1:
             raise ConfigError("run.keep_last must be at least 1: a run that is stopped could not go on")
+        for name, value in (
+            ("run.log_every", self.run.log_every),
+            ("run.steps", self.run.steps),
+            ("run.threads", self.run.threads),
+            ("data.prefetch", self.data.prefetch),
+            ("optim.lr_reference_batch", self.optim.lr_reference_batch),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: got {value}, expected at least 1")
+        if self.run.epochs <= 0 or self.data.workers < 0:
+            raise ConfigError(
+                f"run.epochs ({self.run.epochs}) must be above 0, data.workers ({self.data.workers}) not below"
+            )
         for name, text in (
             ("dino.teacher_temp_warmup", self.dino.teacher_temp_warmup),
             ("dino.freeze_last_layer", self.dino.freeze_last_layer),
@@ -252,6 +265,9 @@ class PretrainConfig:
                 duration_steps(text, 1, 1)
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
+        for name, text in (("eval.every", self.eval.every), ("run.save_every", self.run.save_every)):
+            if duration_steps(text, 10**9, 10**9) < 1:
+                raise ConfigError(f"{name}: got {text!r}, expected more than 0")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, for YAML and checkpoints."""

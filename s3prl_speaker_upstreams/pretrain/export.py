@@ -28,6 +28,7 @@ __all__ = [
     "average_states",
     "encoder_of",
     "export",
+    "export_state",
     "find_checkpoint",
     "model_card",
 ]
@@ -84,15 +85,21 @@ def encoder_of(state: dict[str, Any], role: str | None = None) -> tuple[SpeakerE
     return encoder.eval(), role
 
 
-def _last_metrics(run: Path) -> dict[str, Any]:
+def _metrics_at(run: Path, step: int) -> dict[str, Any]:
+    """The numbers that the log has of a step; where it has none of a kind, the newest before, with their step."""
     merged: dict[str, Any] = {}
     log = run / "metrics.jsonl"
     if log.exists():
-        for line in log.read_text().splitlines():
+        for line in log.read_text(errors="replace").splitlines():
             try:
-                merged.update(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+                if record["step"] > step:
+                    continue
+            except (ValueError, KeyError, TypeError):
                 continue
+            if "eer" in record and "loss" not in record:
+                record["evaluated_at_step"] = record.pop("step")
+            merged.update(record)
     return merged
 
 
@@ -113,7 +120,22 @@ def export(
     those of the checkpoint. extra : entries added to the provenance (licence, metrics measured afterwards, ...).
     """
     path = find_checkpoint(run, which)
-    state = CheckpointStore.load(path)
+    return export_state(
+        CheckpointStore.load(path), path, destination, role=role, calibration=calibration, fp16=fp16, extra=extra
+    )
+
+
+def export_state(
+    state: dict[str, Any],
+    path: Path,
+    destination: str | Path,
+    *,
+    role: str | None = None,
+    calibration: Iterable[Sequence[Tensor]] | None = None,
+    fp16: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """As :func:`export`, of the state in memory; ``path`` : where its checkpoint is, or would be."""
     encoder, role = encoder_of(state, role)
     norm_policy = f"as trained ({state['config']['dino']['teacher_norm']})" if role == "teacher" else "as trained"
     if calibration is not None:
@@ -145,7 +167,7 @@ def recalibrate_encoder(encoder: SpeakerEncoder, batches: Iterable[Sequence[Tens
 def provenance_of(state: dict[str, Any], path: Path, norm_policy: str) -> dict[str, Any]:
     """What an exported file says about itself: data, configuration, code, metrics."""
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    metrics = {k: v for k, v in _last_metrics(run).items() if isinstance(v, (int, float)) and v == v}
+    metrics = {k: v for k, v in _metrics_at(run, state["step"]).items() if isinstance(v, (int, float)) and v == v}
     return {
         "method": state["config"]["method"],
         "step": state["step"],
@@ -185,16 +207,24 @@ def average_checkpoints(
     sources: Sequence[str | Path],
     destination: str | Path,
     *,
-    last: int = 5,
+    last: int | None = None,
     role: str | None = None,
     fp16: bool = False,
 ) -> Path:
     """Average encoders and write the result in this project's format.
 
-    sources : a run's folder (its ``last`` checkpoints are taken), or several checkpoints of any readable format.
+    sources : a run's folder (its ``last`` checkpoints are taken, without one that was only kept as the best), or
+    several checkpoints of any readable format. last : default 5, or all if there are fewer; more than there are is a
+    ConfigError, since the average would be of fewer than was asked for.
     """
     if len(sources) == 1 and Path(sources[0]).is_dir() and (Path(sources[0]) / "checkpoints").is_dir():
-        files = CheckpointStore(Path(sources[0]) / "checkpoints").paths()[-last:]
+        files = CheckpointStore(Path(sources[0]) / "checkpoints").recent()
+        if last is not None and not 1 <= last <= len(files):
+            raise ConfigError(
+                f"--last {last}: {sources[0]} has the {len(files)} newest checkpoints (run.keep_last says how many are "
+                f"kept); give a number from 1 to {len(files)}"
+            )
+        files = files[-(last or 5) :]
     else:
         files = [Path(s) for s in sources]
     checkpoints: list[Checkpoint] = []

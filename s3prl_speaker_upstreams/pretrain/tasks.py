@@ -108,6 +108,8 @@ class DinoTask(nn.Module):
         self._freeze_steps = steps(dino.freeze_last_layer)
         self._regularisation_steps = steps(dino.regularisation_warmup)
         self._momentum = dino.momentum
+        balanced = "Sinkhorn-Knopp" if dino.targets == "sinkhorn" else "the centre"
+        self.batch_statistics = f"BatchNorm, {balanced}{' and KoLeo' if dino.koleo else ''}"
 
     def inputs(self, batch: Any, device: torch.device) -> tuple[list[Tensor], tuple[int, int]]:
         """A loader's batch as (features per crop length, (global crops, local crops)); rows crop by crop."""
@@ -178,6 +180,7 @@ class SupervisedTask(nn.Module):
             duration_steps(aam.margin_end, steps_per_epoch, total_steps),
         )
         self._accuracy = torch.zeros(())
+        self.batch_statistics = "BatchNorm's statistics"
 
     def inputs(self, batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
         """A loader's batch as (features, labels)."""

@@ -1,7 +1,10 @@
-"""One training loop for both methods: one process or many, interruptible at any moment, every number logged.
+"""One training loop for every objective: one process or many, interruptible at any moment, every number logged.
 
 Written so that the numbers depend on the configuration and the data alone: each utterance's crops and augmentation are
 drawn from its own generator, statistics are those of the global batch, and a checkpoint holds all there is.
+
+However a run ends while Python is alive (SIGTERM, Ctrl-C, a dead loader worker, any exception), its last whole step is
+saved first, and going on from it gives the numbers of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import platform
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,19 +31,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import __version__
-from ..common.files import write_text
-from ..errors import CheckpointMismatch, ConfigError, SpeakerUpstreamError
+from ..common.files import append_line, locked, write_text
+from ..errors import Busy, CheckpointMismatch, CheckpointUnreadable, ConfigError, SpeakerUpstreamError
 from .checkpointing import CheckpointStore, load_rng, rng_state
 from .config import PretrainConfig, duration_steps
 from .dino import Collapse, CollapseMonitor, parameter_groups
 from .distributed import is_main, rank, synchronise_norms, world_size
 from .tasks import DinoTask, SupervisedTask, cosine
 
-__all__ = ["NonFinite", "Trainer", "learning_rate", "start_distributed"]
+__all__ = ["NonFinite", "Trainer", "WorkerDied", "learning_rate", "start_distributed"]
 
 logger = logging.getLogger(__name__)
 
-# may differ between a run and its continuation: they change no number of it
+# May differ between a run and its continuation: they change no number of it. Folders may be moved and renamed: what is
+# in them is compared by content (``state["data"]``).
 _FREE_KEYS = {
     "run.log_every",
     "run.save_every",
@@ -51,15 +56,26 @@ _FREE_KEYS = {
     "eval.every",
     "eval.trials",
     "eval.root",
+    "data.train",
     "data.workers",
     "data.prefetch",
     "data.cache_mb",
     "data.manifest_cache",
     "data.augment.cache_mb",
+    "data.augment.noise",
+    "data.augment.rirs",
     "dino.collapse.action",
     "dino.collapse.patience",
     "model.init",
 }
+
+
+# What of the data must be the same for a run to go on as if never stopped, and what to call it.
+_SAME_DATA = {"fingerprint": "the training speech", "noise": "the noise recordings", "rirs": "the impulse responses"}
+
+
+class WorkerDied(SpeakerUpstreamError, RuntimeError):
+    """A process that loads data was killed or crashed; the last whole step is saved."""
 
 
 class NonFinite(SpeakerUpstreamError, ArithmeticError):
@@ -167,42 +183,89 @@ class Trainer:
             self.task = SupervisedTask(config, self.total, self.steps_per_epoch, classes)
         self.store = CheckpointStore(self.out / "checkpoints", run.keep_last)
         self.step = 0
+        self.shift = 0  # added to step: where in the schedules the run is, if its epochs changed their length
+        self.stopped = 0  # the signal that ended the run early
         self.monitor = CollapseMonitor(
             config.dino.collapse, prototypes=config.dino.prototypes, grace_steps=self._steps(config.dino.collapse.grace)
         )
         self._changed_config = changed_config
         self._stop_signal = 0
+        self._saved = -1  # the newest step that is on the disk
+        self._updating = False
+        self._whole: tuple[list[Tensor], dict[str, Any]] | None = None
+        self._evaluated: set[int] = set()
         self._best = math.inf
         self._writer: Any = None
+        self._unlogged: list[str] = []
 
     def _steps(self, text: str) -> int:
         return duration_steps(text, self.steps_per_epoch, self.total)
 
+    @property
+    def last_step(self) -> int:
+        """Number of the step at which the run is finished: ``total``, unless its epochs changed their length."""
+        return self.total - self.shift
+
+    @property
+    def saved(self) -> bool:
+        """Whether the current step is on the disk."""
+        return self._saved == self.step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.step >= self.last_step
+
     def describe(self) -> str:
-        """Lines for the log's head: effective batch, learning rate, length, size."""
+        """Lines for the log's head: effective batch, learning rate, length, size, and what to know about them."""
         run, optim = self.config.run, self.config.optim
         parameters = sum(p.numel() for p in self.task.parameters() if p.requires_grad)
-        return (
+        text = (
             f"{self.config.method}: {self.total} steps of {self.global_batch} utterances ({run.batch} x "
             f"{run.accumulate} accumulated x {world_size()} processes), {self.steps_per_epoch} steps an epoch, "
             f"{self.total / self.steps_per_epoch:.1f} epochs; effective learning rate {optim.lr * self.scale:.3g} "
             f"(lr {optim.lr:g} x {self.scale:.3g}) after {self.warmup} warm-up steps, {optim.schedule} to "
             f"{optim.min_lr * self.scale:.3g}; {parameters:,} trained parameters, {run.precision} on {self.device}"
         )
+        if run.accumulate > 1:
+            text += (
+                f"\nnote: run.accumulate={run.accumulate} is not run.batch={run.batch * run.accumulate}: "
+                f"{self.task.batch_statistics} see each micro-batch of {run.batch * world_size()} utterances alone; "
+                "more processes see the global batch"
+            )
+        return text
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def run(self, stop_after: int | None = None) -> dict[str, Any]:
         """Train to the end (or until step ``stop_after``); returns the last metrics.
 
-        Raises Collapse, NonFinite, or ConfigError if the folder belongs to a run with another configuration.
+        A signal (SIGTERM, SIGINT) ends it after the current step, with a checkpoint and ``stopped`` set. Raises Busy
+        if another run is at work in the folder, Collapse, NonFinite, WorkerDied, CheckpointUnreadable if all
+        checkpoints are damaged, or ConfigError if the folder belongs to a run with another configuration. Whatever is
+        raised while training, the last whole step is saved first.
         """
-        config, run = self.config, self.config.run
+        with self._only_run(), self._signals():
+            try:
+                return self._train(self._prepare(), stop_after)
+            except BaseException as error:
+                self._rescue()
+                if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+                    raise WorkerDied(
+                        f"step {self.step + 1}: {error} Remedy: if memory ran out (see dmesg), lower data.workers, "
+                        "data.prefetch or data.cache_mb; the same command goes on from the saved step"
+                    ) from error
+                raise
+            finally:
+                self._close_log()
+
+    def _prepare(self) -> nn.Module:
+        """Optimizer, state of an earlier run, logs; returns what is called for the loss."""
         task = self.task.to(self.device)
         if world_size() > 1:
             synchronise_norms(task)
         self.optimizer = self._make_optimizer()
-        self.scaler = _Scaler(self.device, run.precision == "fp16")
+        self.scaler = _Scaler(self.device, self.config.run.precision == "fp16")
         self._initialise()
         model: nn.Module = task
         if world_size() > 1:
@@ -210,38 +273,49 @@ class Trainer:
             model = nn.parallel.DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)
         task.train()
         if is_main():
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(self.out / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                write_text(self.out / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            except OSError as error:
+                raise ConfigError(f"--out {self.out}: cannot be written to: {error.strerror or error}") from error
             self._open_log()
             logger.info("%s", self.describe())
+        return model
+
+    def _train(self, model: nn.Module, stop_after: int | None) -> dict[str, Any]:
+        config, run = self.config, self.config.run
         batches = iter(self.loader)
-        save_every = max(self._steps(config.run.save_every), 1)
+        save_every = max(self._steps(run.save_every), 1)
         eval_every = max(self._steps(config.eval.every), 1)
         last: dict[str, Any] = {}
         interval, waited = time.perf_counter(), self.loader.waited_seconds
         interval_steps = 0
-        end = self.total if stop_after is None else min(stop_after, self.total)
+        end = self.last_step if stop_after is None else min(stop_after, self.last_step)
         tty = sys.stderr.isatty()
         bar = tqdm(
-            total=self.total, initial=self.step, disable=not is_main(), unit="step", dynamic_ncols=tty,
+            total=self.last_step, initial=self.step, disable=not is_main(), unit="step", dynamic_ncols=tty,
             mininterval=0.5 if tty else 20.0, desc=config.method,
         )  # fmt: skip
-        with self._signals(), bar:
+        self._mark_whole()
+        if self._resumed_before_evaluation(eval_every):
+            self._evaluate()
+        with bar:
             while self.step < end:
-                schedule = self._set_schedules(self.step)
+                schedule = self._set_schedules(self.step + self.shift)
                 loss, ids = self._accumulated_backward(model, batches)
-                grad_norm = self._update(loss, ids)
+                grad_norm = self._gradient_norm(loss, ids)
+                with _undisturbed():  # a signal's exception in here would leave half a step
+                    self._update()
                 loss, stop = self._agree(loss)
-                self.step += 1
                 interval_steps += 1
                 bar.update()
-                if self.step % run.log_every == 0 or self.step == self.total:
+                if self.step % run.log_every == 0 or self.step == self.last_step:
                     metrics = self._average(self.task.metrics())
                     now = time.perf_counter()
                     waiting = (self.loader.waited_seconds - waited) / (now - interval)
                     last = {
                         "step": self.step,
-                        "epoch": round(self.step / self.steps_per_epoch, 4),
+                        "epoch": round((self.step + self.shift) / self.steps_per_epoch, 4),
                         "loss": loss,
                         **metrics,
                         **schedule,
@@ -253,19 +327,25 @@ class Trainer:
                     self._log(last)
                     bar.set_postfix(loss=f"{loss:.3f}", **self._short(metrics), refresh=False)
                     self._check_collapse(metrics)
-                if self.step % eval_every == 0 or self.step == self.total:
-                    evaluated = self._evaluate()
-                    last.update(evaluated)
-                    if evaluated:
-                        interval, waited, interval_steps = time.perf_counter(), self.loader.waited_seconds, 0
-                if self.step % save_every == 0 or self.step == self.total or stop or self.step == end:
-                    self.save()
+                evaluation_due = self.evaluate is not None and (
+                    self.step % eval_every == 0 or self.step == self.last_step
+                )
+                if self.step % save_every == 0 or stop or self.step == end or evaluation_due:
+                    self.save()  # before the evaluation: what happens in it must not cost the steps before
+                if evaluation_due and not stop:
+                    last.update(self._evaluate())
+                    interval, waited, interval_steps = time.perf_counter(), self.loader.waited_seconds, 0
                 if stop:
-                    logger.warning("step %d: asked to stop by signal %d; checkpoint written", self.step, stop)
+                    self.stopped = stop
+                    logger.warning(
+                        "step %d of %d: asked to stop by %s; %s. The same command goes on from there.",
+                        self.step, self.last_step, signal.Signals(stop).name, self._kept(),
+                    )  # fmt: skip
                     break
-        if self._writer is not None:
-            self._writer.close()
         return last
+
+    def _kept(self) -> str:
+        return "checkpoint written" if self.saved else f"newest checkpoint: step {self._saved}"
 
     def _set_schedules(self, step: int) -> dict[str, float]:
         optim = self.config.optim
@@ -294,7 +374,8 @@ class Trainer:
             total += loss.detach() / parts
         return total, ids
 
-    def _update(self, loss: Tensor, ids: list[str]) -> float:
+    def _gradient_norm(self, loss: Tensor, ids: list[str]) -> float:
+        """Unscale and clip; the norm before. Raises NonFinite, in every process, before anything is changed."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(clip_gradients(parameters, self.config.optim.clip, self.config.optim.clip_mode))
@@ -314,19 +395,59 @@ class Trainer:
                 f"Remedy: listen to these files; lower optim.lr ({self.config.optim.lr:g}) or optim.clip; with fp16 "
                 f"use bf16. The newest checkpoint in {self.store.folder} is from before."
             )
+        return norm
+
+    def _update(self) -> None:
+        """The only place that changes parameters."""
+        self._updating = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.task.after_step()
-        return norm
+        self.step += 1
+        self._mark_whole()
+        self._updating = False
+
+    def _mark_whole(self) -> None:
+        """Remember what a step changes before its update, so that a stop in the middle of one loses that step alone."""
+        now = [b.detach() for b in self.task.buffers()]
+        if self._whole is None:
+            self._whole = [b.clone() for b in now], self.loader.state_dict()
+            return
+        kept = self._whole[0]
+        for kind in {b.dtype for b in now}:  # a few calls instead of one for each buffer
+            torch._foreach_copy_([k for k in kept if k.dtype == kind], [b for b in now if b.dtype == kind])
+        self._whole = kept, self.loader.state_dict()
+
+    def _rescue(self) -> None:
+        """Save the last whole step, when the run leaves by an exception. Never raises, waits for no other process."""
+        if self._whole is None or not is_main() or self.step in (0, self._saved):
+            return
+        try:
+            if self._updating:
+                logger.error("step %d was left half done; the newest checkpoint is that of step %d", self.step + 1,
+                             self._saved)  # fmt: skip
+                return
+            buffers, loader = self._whole
+            with torch.no_grad():
+                for buffer, kept in zip(self.task.buffers(), buffers, strict=True):
+                    buffer.copy_(kept)
+            state = self.state(rng=[rng_state()], loader=loader)
+            finite = all(torch.isfinite(v).all() for v in state["task"].values() if v.is_floating_point())
+            if not finite:
+                logger.error("step %d holds values that are not finite and is not saved", self.step)
+            elif self.store.save(self.step, state) is not None:
+                logger.warning("step %d, the last whole one, is saved; the same command goes on from there", self.step)
+        except Exception:
+            logger.exception("step %d could not be saved", self.step)
 
     def _report_non_finite(self, what: str, ids: list[str]) -> None:
         logger.error("step %d, process %d: non-finite %s with %s", self.step + 1, rank(), what, ", ".join(ids))
 
     def _agree(self, loss: Tensor) -> tuple[float, int]:
-        """Mean loss of all processes, and whether one of them was asked to stop."""
+        """Mean loss of all processes, and the signal if one of them was asked to stop."""
         both = self._sum(torch.tensor([float(loss), float(self._stop_signal)], dtype=torch.float64))
-        return float(both[0]) / world_size(), int(both[1])
+        return float(both[0]) / world_size(), (self._stop_signal or signal.SIGTERM) if both[1] else 0
 
     def _sum(self, x: Tensor) -> Tensor:
         if world_size() == 1:
@@ -372,32 +493,67 @@ class Trainer:
         path = self.out / "metrics.jsonl"
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
-                    if json.loads(line)["step"] <= self.step:
+                    record = json.loads(line)
+                    if record["step"] <= self.step:
                         kept.append(line)
-                except (ValueError, KeyError):  # the line that a kill cut short
+                        if "eer" in record:
+                            self._evaluated.add(record["step"])
+                except (ValueError, KeyError, TypeError):  # the line that a kill cut short
                     continue
-        write_text(path, "".join(line + "\n" for line in kept))
+        try:
+            write_text(path, "".join(line + "\n" for line in kept))
+        except OSError as error:
+            logger.error("%s could not be written (%s); training goes on", path, error)
         if self.config.run.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 logger.warning("no TensorBoard log: pip install tensorboard, or run.tensorboard=false")
-            else:
+                return
+            try:
                 self._writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1)
+            except OSError as error:
+                logger.error("no TensorBoard log (%s); training goes on", error)
 
     def _log(self, values: dict[str, Any]) -> None:
+        """One line to every log. A disk that refuses it costs no training: the line is written with a later one."""
         if not is_main():
             return
         # JSON knows no infinity: a gradient norm is infinite where float16's loss scale was still too large
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self.out / "metrics.jsonl", "a") as stream:
-            stream.write(json.dumps(plain) + "\n")
+        self._unlogged.append(json.dumps(plain))
+        try:
+            append_line(self.out / "metrics.jsonl", "\n".join(self._unlogged))
+            self._unlogged.clear()
+        except OSError as error:
+            if len(self._unlogged) == 1:
+                logger.error("step %d: metrics.jsonl could not be written (%s); training goes on, the lines are kept "
+                             "until it can", values["step"], error)  # fmt: skip
         if self._writer is not None:
-            for key, value in values.items():
-                if key != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(key, value, values["step"])
+            try:
+                for key, value in values.items():
+                    if key != "step" and isinstance(value, (int, float)):
+                        self._writer.add_scalar(key, value, values["step"])
+            except Exception as error:  # its writing thread raises here whatever went wrong there
+                logger.error("step %d: no TensorBoard log from here on (%s); training goes on", values["step"], error)
+                self._writer = None
+
+    def _close_log(self) -> None:
+        if self._writer is not None:
+            try:
+                self._writer.close()
+            except Exception as error:
+                logger.error("the TensorBoard log could not be finished (%s)", error)
+            self._writer = None
+
+    def _resumed_before_evaluation(self, eval_every: int) -> bool:
+        """Whether the run was stopped between a step's checkpoint and its evaluation."""
+        if self.evaluate is None or self.step == 0:
+            return False
+        due = self.step % eval_every == 0 or self.step == self.last_step
+        return self._gather(due and self.step not in self._evaluated)[0]
 
     def _evaluate(self) -> dict[str, float]:
         if self.evaluate is None:
@@ -410,7 +566,7 @@ class Trainer:
         result = self._gather(result)[0]  # all processes must agree on whether this is the best
         if "eer" in result and result["eer"] < self._best and self.config.run.keep_best:
             self._best = result["eer"]
-            if self.save() is not None:
+            if is_main() and self.saved:
                 self.store.mark_best(self.step, self._best)
         return result
 
@@ -423,17 +579,18 @@ class Trainer:
             return torch.optim.AdamW(groups, lr=0.0, betas=tuple(optim.betas))
         return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
 
-    def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+    def state(self, rng: list[Any] | None = None, loader: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Everything that the next step depends on; generators and loader of now, or those that are given."""
         return {
             "format": 1,
             "step": self.step,
-            "epoch": self.step / self.steps_per_epoch,
+            "shift": self.shift,
+            "epoch": (self.step + self.shift) / self.steps_per_epoch,
             "task": self.task.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
-            "rng": self._gather(rng_state()),
+            "loader": loader or self.loader.state_dict(),
+            "rng": rng or self._gather(rng_state()),
             "monitor": self.monitor.state_dict(),
             "best": self._best,
             "config": self.config.to_dict(),
@@ -445,40 +602,72 @@ class Trainer:
 
     def save(self) -> Path | None:
         """Write a checkpoint of the current step (by the first process); None if it could not be written."""
+        if self.saved:
+            return self.store.folder / f"step_{self.step:08d}.pt"
         state = self.state()
         path = self.store.save(self.step, state) if is_main() else None
-        if world_size() > 1:
-            dist.barrier()
+        if self._gather(path is not None)[0]:
+            self._saved = self.step
         return path
 
     def _initialise(self) -> None:
-        found = self.store.load_newest() if is_main() or world_size() == 1 else None
-        if world_size() > 1:  # all processes must agree on the file, also after a fallback by the first
-            dist.barrier()
-            found = self.store.load_newest() if not is_main() else found
-            dist.barrier()
-        if found is None:
+        found, said = None, ("", "")
+        if is_main():
+            try:
+                found = self.store.load_newest()
+                said = (str(found[1]) if found else "", "")
+            except CheckpointUnreadable as error:
+                said = ("", str(error))
+        name, problem = self._gather(said)[0]  # all processes must agree on the file, also after a fallback
+        if problem:
+            raise CheckpointUnreadable(problem)
+        if not name:
             if self.config.model.init:
                 self._load_init(self.config.model.init)
             return
-        state, path = found
+        state, path = found or (CheckpointStore.load(name), Path(name))
         self._check_same(state, path)
-        self.task.load_state_dict(state["task"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.loader.load_state_dict(state["loader"])
-        self.monitor.load_state_dict(state["monitor"])
-        self.step, self._best = int(state["step"]), float(state["best"])
-        if state["world_size"] == world_size():
-            load_rng(state["rng"][rank()])
+        try:
+            self.task.load_state_dict(state["task"])
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{path}: another network, objective or number of speakers than now ({str(error).splitlines()[-1]}); "
+                f"begin a new run from its weights: choose another --out and set model.init={path}"
+            ) from error
+        if state["config"]["optim"]["name"] == self.config.optim.name:
+            self.optimizer.load_state_dict(state["optimizer"])
         else:
-            logger.warning(
-                "%s was written by %d processes, now %d: the run goes on, with other batches than it would have had",
-                path,
-                state["world_size"],
-                world_size(),
-            )
-        logger.info("continuing from %s (step %d of %d)", path, self.step, self.total)
+            logger.warning("%s holds the state of another optimizer; %s begins without", path, self.config.optim.name)
+        self.scaler.load_state_dict(state["scaler"])
+        self.monitor.load_state_dict(state["monitor"])
+        self.step = self._saved = int(state["step"])
+        self.shift = int(state.get("shift", 0))
+        best = self.store.best()  # marked after the checkpoint was written
+        self._best = min(float(state["best"]), best[1] if best else math.inf)
+        self._place_loader(state)
+        if state["world_size"] == world_size() == len(state["rng"]):
+            load_rng(state["rng"][rank()])
+        elif state["world_size"] == world_size():
+            load_rng(state["rng"][0])  # saved by the first process alone; no step draws from these generators
+        else:
+            logger.warning("%s was written by %d processes, now %d", path, state["world_size"], world_size())
+        logger.info("continuing from %s (step %d of %d)", path, self.step, self.last_step)
+
+    def _place_loader(self, state: dict[str, Any]) -> None:
+        """Go on with the next batch; after a change of batch or data, from the same place in the epoch."""
+        old, new = state["loader"], self.loader.state_dict()
+        if all(old[key] == new[key] for key in ("fingerprint", "seed", "data_seed", "batch_size")):
+            self.loader.load_state_dict(old)
+        else:
+            batches = self.loader.sampler.batches_per_epoch
+            self.loader.seek(old["epoch"], min(old["batch"] * old["batch_size"] // new["batch_size"], batches))
+        if self._changed_config and self.config.run.steps is None:
+            self.shift = round(state["epoch"] * self.steps_per_epoch) - self.step
+            if self.shift != state.get("shift", 0):
+                logger.warning(
+                    "an epoch has %d steps now: the schedules go on at epoch %.2f, the run ends with step %d",
+                    self.steps_per_epoch, state["epoch"], self.last_step,
+                )  # fmt: skip
 
     def _load_init(self, source: str) -> None:
         path = Path(source)
@@ -502,31 +691,104 @@ class Trainer:
         logger.info("starting from the weights of %s", source)
 
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
-        old, new = _flat(state["config"]), _flat(self.config.to_dict())
-        different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _FREE_KEYS]
-        if different and not self._changed_config:
-            shown = "; ".join(f"{k}: {old.get(k)!r} before, {new.get(k)!r} now" for k in different[:5])
+        try:  # what a run of an earlier version did not have yet was at its default
+            before = PretrainConfig.from_dict(state["config"]).to_dict()
+        except ConfigError:
+            before = state["config"]
+        old, new = _flat(before), _flat(self.config.to_dict())
+        shown = [
+            f"{k}: {old.get(k)!r} before, {new.get(k)!r} now"
+            for k in sorted(old.keys() | new.keys())
+            if old.get(k) != new.get(k) and k not in _FREE_KEYS
+        ]
+        for key, what in _SAME_DATA.items():
+            was, now = state["data"].get(key), self.data.get(key)
+            if key not in state["data"]:  # a run of an earlier version recorded the folder alone
+                path_key = f"data.augment.{key}"
+                was, now = old.get(path_key), new.get(path_key)
+            if was != now:
+                shown.append(f"{what} (fingerprint {str(was)[:12]} before, {str(now)[:12]} now)")
+        batch = self.loader.state_dict()["batch_size"]
+        if state["loader"]["batch_size"] != batch:
+            shown.append(f"batch of all processes: {state['loader']['batch_size']} before, {batch} now")
+        if shown and not self._changed_config:
             raise ConfigError(
-                f"{path} belongs to a run with another configuration ({shown}); choose another --out, or pass "
-                "--changed-config to go on with the new values"
+                f"{path} belongs to a run with another configuration ({'; '.join(shown[:5])}); choose another --out, "
+                "or pass --changed-config to go on with the new values"
             )
+        speakers = state["data"].get("speaker_names"), self.data.get("speaker_names")
+        if self.config.method == "supervised" and None not in speakers and speakers[0] != speakers[1]:
+            raise ConfigError(
+                f"{path}: the speakers are others now, so its classifier means nothing; begin a new run from its "
+                f"weights: choose another --out and set model.init={path}"
+            )
+        if shown:
+            logger.warning("%s: going on with a changed configuration: %s", path, "; ".join(shown))
+
+    @contextlib.contextmanager
+    def _only_run(self) -> Iterator[None]:
+        """Hold the folder's lock while the run lasts; every process raises Busy if another run has it."""
+        with contextlib.ExitStack() as held:
+            problem = ""
+            if is_main():
+                try:
+                    held.enter_context(locked(self.out / "run.lock", f"--out {self.out}"))
+                except Busy as error:
+                    problem = str(error)
+                except NotImplementedError as error:  # a file system without locks
+                    logger.warning("%s: no lock (%s): take care that no other run writes here", self.out, error)
+            problem = self._gather(problem)[0]
+            if problem:
+                raise Busy(problem)
+            yield
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM (a cluster's warning) ends the run after the current step, with a checkpoint."""
+        """SIGTERM (a cluster's warning) and Ctrl-C end the run after the current step; a second Ctrl-C at once."""
 
         def ask(number: int, frame: Any) -> None:
+            if number == signal.SIGINT and self._stop_signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            if number == signal.SIGINT and is_main():
+                logger.warning("stopping after this step; press Ctrl-C again to leave at once")
             self._stop_signal = number
 
-        try:
-            before = signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread
+        self._stop_signal = self.stopped = 0
+        with _handlers({signal.SIGTERM: ask, signal.SIGINT: ask}):
             yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _handlers(wanted: dict[int, Callable[[int, Any], None]]) -> Iterator[None]:
+    """Signal handlers for the block; nothing outside the main thread, where Python allows none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.getsignal(n) for n in wanted}
+    before = {n: handler for n, handler in before.items() if handler is not None}  # None: not installed by Python
+    for number in before:
+        signal.signal(number, wanted[number])
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let signals wait until the block is through, those whose handlers may raise: Ctrl-C and a dead worker's."""
+    came: list[tuple[int, Any]] = []
+
+    def note(number: int, frame: Any) -> None:
+        came.append((number, frame))
+
+    with _handlers({signal.SIGINT: note, signal.SIGCHLD: note}):
+        yield
+    for number, frame in came:
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handler(number, frame)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

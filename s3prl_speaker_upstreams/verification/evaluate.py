@@ -60,6 +60,7 @@ __all__ = [
     "embed_all",
     "embed_files",
     "evaluate_digits",
+    "find_recordings",
     "fbank_statistics",
     "fit_crops",
     "randomise_channel",
@@ -486,7 +487,7 @@ def verification(
     """
     trials = trials if isinstance(trials, Trials) else read_trials(trials)
     names = trials.names
-    paths = [_found(Path(root), name) for name in names]
+    paths = find_recordings(trials, root)
     shared = {"sample_rate": sample_rate, "max_seconds": max_seconds}
     rows = embed_files(embed, paths, progress="embedding trials" if progress else "", **shared)
     embeddings = dict(zip(names, rows, strict=True))
@@ -504,6 +505,15 @@ def verification(
             measured = evaluate_scores(scores, trials.labels)
             out.update({f"{prefix}_{key}": measured[key] for key in ("eer", "min_dcf_0.01", "min_dcf_0.05")})
     return out
+
+
+def find_recordings(trials: Trials | str | os.PathLike, root: str | os.PathLike) -> list[str]:
+    """Paths of a trial list's recordings, in the order of ``trials.names``.
+
+    Raises ConfigError for the first one that is missing, and what :func:`read_trials` raises.
+    """
+    trials = trials if isinstance(trials, Trials) else read_trials(trials)
+    return [_found(Path(root), name) for name in trials.names]
 
 
 def _found(root: Path, name: str) -> str:

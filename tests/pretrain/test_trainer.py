@@ -1,62 +1,28 @@
 """The training loop: logs, resumption, evaluation, failures; on a few seconds of made speech."""
 
-import json
 import logging
 import math
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from s3prl_speaker_upstreams.errors import CheckpointMismatch, ConfigError
-from s3prl_speaker_upstreams.pretrain import assemble
 from s3prl_speaker_upstreams.pretrain.checkpointing import CheckpointStore
-from s3prl_speaker_upstreams.pretrain.config import load
 from s3prl_speaker_upstreams.pretrain.dino import Collapse
-from s3prl_speaker_upstreams.pretrain.trainer import NonFinite, Trainer, clip_gradients
+from s3prl_speaker_upstreams.pretrain.trainer import NonFinite, clip_gradients
 
 NUMBERS = ("loss", "loss_minus_lnk", "teacher_entropy", "marginal_entropy", "effective_dimension", "grad_norm", "lr")
 
 
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
-    """12 "speakers" (each its own resonances) x 3 utterances of about a second."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for speaker in range(12):
-        formants = rng.uniform(200, 3500, 3)
-        (folder / f"spk{speaker:02d}").mkdir()
-        for number in range(3):
-            t = np.arange(int(16000 * rng.uniform(1.0, 1.4))) / 16000
-            wav = sum(np.sin(2 * np.pi * f * t * rng.uniform(0.97, 1.03)) for f in formants)
-            wav = 0.1 * wav * (1 + np.sin(2 * np.pi * rng.uniform(2, 5) * t)) + rng.normal(0, 0.01, len(t))
-            soundfile.write(folder / f"spk{speaker:02d}" / f"{number}.wav", wav, 16000)
-    return folder
-
-
-def configuration(corpus, *overrides):
-    fixed = [f"data.train=[{corpus}]", "data.layout=speaker", "run.threads=1"]
-    return load("smoke", overrides=[*fixed, *overrides])
-
-
-def make(corpus, out, *overrides, **kwargs) -> Trainer:
-    return assemble.build_trainer(configuration(corpus, *overrides), out, **kwargs)
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
-def finished(corpus, tmp_path_factory):
+def finished(corpus, tmp_path_factory, make):
     out = tmp_path_factory.mktemp("runs") / "finished"
     trainer = make(corpus, out)
     trainer.run()
     return out, trainer
 
 
-def test_every_step_is_logged_with_what_tells_a_collapse(finished):
+def test_every_step_is_logged_with_what_tells_a_collapse(finished, log):
     out, trainer = finished
     rows = log(out)
     assert [r["step"] for r in rows] == list(range(1, 21))
@@ -68,7 +34,7 @@ def test_every_step_is_logged_with_what_tells_a_collapse(finished):
     assert (out / "config.yaml").exists() and [p.name for p in trainer.store.paths()][-1] == "step_00000020.pt"
 
 
-def test_the_head_of_the_log_tells_effective_batch_and_learning_rate(corpus, tmp_path):
+def test_the_head_of_the_log_tells_effective_batch_and_learning_rate(corpus, tmp_path, make):
     text = make(corpus, tmp_path, "optim.lr_reference_batch=256", "run.accumulate=2", "optim.lr=0.1").describe()
     assert "16 utterances (8 x 2 accumulated x 1 processes)" in text and "effective learning rate 0.00625" in text
 
@@ -91,7 +57,7 @@ def test_checkpoint_holds_all_there_is(finished):
 
 @pytest.mark.parametrize("stop", [7, 10])
 @pytest.mark.parametrize("method", ["dino", "supervised"])
-def test_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, method, stop):
+def test_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, method, stop, make, log):
     overrides = [f"method={method}", "run.steps=12"]
     whole = make(corpus, tmp_path / "whole", *overrides)
     whole.run()
@@ -107,7 +73,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, method, stop
     ]
 
 
-def test_a_cut_log_line_and_lines_beyond_the_checkpoint_are_dropped(corpus, tmp_path):
+def test_a_cut_log_line_and_lines_beyond_the_checkpoint_are_dropped(corpus, tmp_path, make, log):
     out = tmp_path / "run"
     make(corpus, out, "run.steps=12").run(stop_after=8)
     with open(out / "metrics.jsonl", "a") as stream:  # what a kill between two checkpoints leaves
@@ -116,7 +82,9 @@ def test_a_cut_log_line_and_lines_beyond_the_checkpoint_are_dropped(corpus, tmp_
     assert [r["step"] for r in log(out)] == list(range(1, 13)) and log(out)[8]["loss"] != 1.0
 
 
-def test_a_corrupt_newest_checkpoint_falls_back_and_gives_the_same_numbers(corpus, finished, tmp_path, caplog):
+def test_a_corrupt_newest_checkpoint_falls_back_and_gives_the_same_numbers(
+    corpus, finished, tmp_path, caplog, make, log
+):
     out = tmp_path / "run"
     make(corpus, out).run(stop_after=15)
     newest = out / "checkpoints" / "step_00000015.pt"
@@ -129,20 +97,20 @@ def test_a_corrupt_newest_checkpoint_falls_back_and_gives_the_same_numbers(corpu
     assert [[r[k] for k in NUMBERS] for r in log(out)] == [[r[k] for k in NUMBERS] for r in log(finished[0])]
 
 
-def test_another_configuration_is_refused_with_the_difference(corpus, finished):
+def test_another_configuration_is_refused_with_the_difference(corpus, finished, make):
     out, _ = finished
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 before, 0.5 now"):
         make(corpus, out, "optim.lr=0.5").run()
 
 
-def test_other_data_is_refused(corpus, tmp_path):
+def test_other_data_is_refused(corpus, tmp_path, make):
     out = tmp_path / "run"
     make(corpus, out, "run.steps=6").run(stop_after=2)
-    with pytest.raises(ConfigError, match="fingerprint"):
-        make(corpus, out, "run.steps=6", "data.min_seconds=1.2", changed_config=True).run()
+    with pytest.raises(ConfigError, match="the training speech .fingerprint.*--changed-config"):
+        make(corpus, out, "run.steps=6", "data.min_seconds=1.2").run()
 
 
-def test_accumulation_gives_the_mean_gradient(corpus, tmp_path):
+def test_accumulation_gives_the_mean_gradient(corpus, tmp_path, make, log):
     """Two micro-batches of 4 without batch statistics are one batch of 8: compare with BatchNorm in eval mode."""
     base = ["method=supervised", "run.steps=3", "aam.margin=0.0", "data.speeds=[1.0]"]
     losses = {}
@@ -154,7 +122,7 @@ def test_accumulation_gives_the_mean_gradient(corpus, tmp_path):
     assert losses["two"] == pytest.approx(losses["one"], abs=2e-4)
 
 
-def test_supervised_training_learns_the_speakers(corpus, tmp_path):
+def test_supervised_training_learns_the_speakers(corpus, tmp_path, make, log):
     trainer = make(
         corpus, tmp_path, "method=supervised", "run.steps=60", "data.speeds=[1.0]", "optim.lr=0.005", "run.batch=12"
     )
@@ -165,12 +133,12 @@ def test_supervised_training_learns_the_speakers(corpus, tmp_path):
     assert [r["margin"] for r in rows][:12] == [0.0] * 12 and rows[-1]["margin"] == pytest.approx(0.2)
 
 
-def test_speeds_multiply_the_speakers(corpus, tmp_path):
+def test_speeds_multiply_the_speakers(corpus, tmp_path, make):
     trainer = make(corpus, tmp_path, "method=supervised", "data.speeds=[1.0, 0.9, 1.1]")
     assert trainer.task.head.classes == 36
 
 
-def test_a_non_finite_loss_names_step_and_files(corpus, tmp_path, monkeypatch):
+def test_a_non_finite_loss_names_step_and_files(corpus, tmp_path, monkeypatch, make):
     trainer = make(corpus, tmp_path, "run.steps=8")
     seen = []
     original = trainer.task.inputs
@@ -191,7 +159,7 @@ def test_a_non_finite_loss_names_step_and_files(corpus, tmp_path, monkeypatch):
     assert all(torch.isfinite(v).all() for v in CheckpointStore.load(trainer.store.paths()[0])["task"].values())
 
 
-def test_a_collapse_stops_the_run_with_advice(corpus, tmp_path):
+def test_a_collapse_stops_the_run_with_advice(corpus, tmp_path, make):
     overrides = ["dino.collapse.action=stop", "dino.collapse.grace=2 steps", "dino.collapse.patience=2"]
     trainer = make(corpus, tmp_path, *overrides, "dino.collapse.min_effective_dimension=100")
     with pytest.raises(Collapse, match="dino.koleo"):
@@ -199,7 +167,7 @@ def test_a_collapse_stops_the_run_with_advice(corpus, tmp_path):
     assert trainer.step == 4 and [p.name for p in trainer.store.paths()][-1] == "step_00000004.pt"
 
 
-def test_evaluation_keeps_the_best(corpus, tmp_path):
+def test_evaluation_keeps_the_best(corpus, tmp_path, make, log):
     values = iter([0.3, 0.1, 0.2, 0.25])
     trainer = make(corpus, tmp_path, "eval.every=5 steps", "run.keep_last=1")
     calls = []
@@ -216,7 +184,7 @@ def test_evaluation_keeps_the_best(corpus, tmp_path):
     assert [r["eer"] for r in log(tmp_path) if "eer" in r and "loss" not in r] == [0.3, 0.1, 0.2, 0.25]
 
 
-def test_start_from_weights(corpus, finished, tmp_path):
+def test_start_from_weights(corpus, finished, tmp_path, make):
     out, done = finished
     source = out / "checkpoints" / "step_00000020.pt"
     trainer = make(corpus, tmp_path, f"model.init={source}", "run.steps=4")
@@ -227,7 +195,7 @@ def test_start_from_weights(corpus, finished, tmp_path):
         make(corpus, tmp_path / "b", f"model.init={source}", "model.ecapa.channels=16").run()
 
 
-def test_tensorboard_log(corpus, tmp_path):
+def test_tensorboard_log(corpus, tmp_path, make, log):
     pytest.importorskip("tensorboard")
     make(corpus, tmp_path, "run.steps=2", "run.tensorboard=true").run()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -238,7 +206,7 @@ def test_tensorboard_log(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision_stays_near_float32(corpus, finished, tmp_path, precision):
+def test_low_precision_stays_near_float32(corpus, finished, tmp_path, precision, make, log):
     make(corpus, tmp_path, f"run.precision={precision}", "run.steps=20").run(stop_after=5)
     low, full = [r["loss"] for r in log(tmp_path)], [r["loss"] for r in log(finished[0])][:5]
     assert low != full and low == pytest.approx(full, abs=0.3)
