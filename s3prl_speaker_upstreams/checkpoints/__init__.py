@@ -2,21 +2,27 @@
 
 >>> from s3prl_speaker_upstreams.checkpoints import FORMATS
 >>> FORMATS
-('speechbrain', '3dspeaker', 'wespeaker', 'rdino', 'sdpn', 'sslsv', 'taoruijie', 'native')
+('3dspeaker', 'rdino', 'sdpn', 'native', 'speechbrain', 'sslsv', 'taoruijie', 'wespeaker')
 """
 
 from __future__ import annotations
 
-from .native import save_native
-from .readers import FORMATS, ROLES, Checkpoint, build_encoder, detect_format, load_encoder, read_checkpoint
+from .checkpoint import ROLES, Checkpoint, build_encoder, expected_shapes
+from .formats.native import save_native
+from .networks import COPIES
+from .reading import FORMATS, detect, detect_format, find_file, load_encoder, read_checkpoint
 from .untrained import untrained
 
 __all__ = [
+    "COPIES",
     "FORMATS",
     "ROLES",
     "Checkpoint",
     "build_encoder",
+    "detect",
     "detect_format",
+    "expected_shapes",
+    "find_file",
     "load_encoder",
     "read_checkpoint",
     "save_native",

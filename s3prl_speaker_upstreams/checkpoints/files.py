@@ -1,28 +1,31 @@
 """Reading checkpoint files from disk, safely, and saying in plain words what a damaged or foreign file is.
 
-Nothing here knows ECAPA-TDNN. :func:`load_file` gives the object that was saved (for PyTorch files) or the tensors and
+Nothing here knows ECAPA-TDNN. :func:`open_file` gives the object that was saved (for PyTorch files) or the tensors and
 metadata (for safetensors); :func:`sniff` tells what a file is from its first bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..errors import CheckpointUnreadable
+from ..errors import CheckpointMismatch, CheckpointUnreadable, MissingPackage
 
-__all__ = ["LoadedFile", "load_file", "numpy_safe_globals", "sniff"]
+__all__ = ["File", "numpy_safe_globals", "open_file", "option", "sniff"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +34,75 @@ _UNSUPPORTED_GLOBAL = re.compile(r"(?:GLOBAL|[Uu]nsupported class)\s+([\w.]+)")
 _UNSUPPORTED_INSTR = re.compile(r"Can only build|not allowed|Unsupported operand|Trying to (?:load|instantiate|call)")
 
 
-class LoadedFile(NamedTuple):
-    """What a checkpoint file holds: `data` (any object) and, for safetensors, its `metadata` (else None).
+@dataclass(frozen=True)
+class File:
+    """An opened checkpoint file.
 
-    >>> LoadedFile({"weight": 1}).metadata is None
-    True
+    path : where it is
+    data : the object that was saved, or the tensors of a safetensors file by name
+    metadata : of a safetensors file; None of others
+
+    >>> sorted(File(Path("x.pt"), {"epoch": 3, "model": {"a.weight": torch.zeros(1)}}).tensors)
+    ['model.a.weight']
     """
 
+    path: Path
     data: Any
-    metadata: dict[str, str] | None = None
+    metadata: Mapping[str, str] | None = None
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the file by its path: the keys that lead to it, joined with dots.
+
+        Raises CheckpointMismatch if the file holds something else than a mapping or a module.
+        """
+        if not isinstance(self.data, (Mapping, torch.nn.Module)):
+            raise CheckpointMismatch(
+                f"{self.path}: got a saved {type(self.data).__name__}, expected a mapping of names to tensors "
+                "(a state dict)"
+            )
+        return dict(_tensors(self.data, "", set()))
+
+    @property
+    def entries(self) -> set[str]:
+        """Its top-level keys."""
+        return {str(key) for key in self.data} if isinstance(self.data, Mapping) else set()
+
+
+def _tensors(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    elif isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    # A pickle may hold a mapping that holds itself.
+    if isinstance(value, Mapping) and id(value) not in above:
+        for key, inner in value.items():
+            yield from _tensors(inner, f"{path}.{key}" if path else str(key), above | {id(value)})
+
+
+def option(name: str, value: str) -> str:
+    """How to pass an option of reading, in each of the places where a user can.
+
+    >>> option("format", "wespeaker")
+    "--format wespeaker (format='wespeaker'; for run_downstream.py a yaml file with `format: wespeaker`, given with -g)"
+    >>> option("allow_pickle", "True")[:37]
+    '--allow-pickle (allow_pickle=True; for'
+    """
+    flag = f"--{name.replace('_', '-')}"
+    if value == "True":
+        return f"{flag} ({name}=True; for run_downstream.py a yaml file with `{name}: true`, given with -g)"
+    return f"{flag} {value} ({name}={value!r}; for run_downstream.py a yaml file with `{name}: {value}`, given with -g)"
 
 
 def sniff(path: str | os.PathLike) -> str:
     """What a file is, from its first bytes.
 
     Returns one of ``"zip"`` (PyTorch's current container), ``"pickle"`` (its old one), ``"safetensors"``, ``"tar"``,
-    ``"gzip"``, ``"empty"``, ``"html"``, ``"git-lfs"``, ``"json"``, ``"text"``, ``"unknown"``.
+    ``"gzip"``, ``"onnx"``, ``"hdf5"``, ``"numpy"``, ``"empty"``, ``"html"``, ``"git-lfs"``, ``"json"``, ``"text"``,
+    ``"unknown"``.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.ckpt"
@@ -66,6 +122,13 @@ def sniff(path: str | os.PathLike) -> str:
         return "tar"
     if head.startswith(_LFS):
         return "git-lfs"
+    if head.startswith(b"\x89HDF\r\n"):
+        return "hdf5"
+    if head.startswith(b"\x93NUMPY"):
+        return "numpy"
+    # A protobuf whose first field is ONNX's small version number and whose second is the producer's name or the graph.
+    if head[0] == 0x08 and len(head) > 2 and head[1] < 32 and head[2] in (0x12, 0x1A, 0x22, 0x3A):
+        return "onnx"
     # A safetensors file is an 8-byte little-endian header size, then that many bytes of JSON.
     if len(head) > 9 and head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") < 100_000_000:
         return "safetensors"
@@ -96,6 +159,10 @@ _NOT_A_CHECKPOINT = {
     "text": "the file is plain text, not a checkpoint; pass the weights file (.pt, .ckpt, .bin, .pth, .model, "
     ".safetensors) or the folder that holds it",
     "gzip": "the file is a gzip archive; unpack it and pass the weights file or folder inside",
+    "onnx": "the file is an ONNX graph for inference, whose weights are folded into it; pass the PyTorch checkpoint that "
+    "it was exported from",
+    "hdf5": "the file is HDF5 (Keras or MATLAB), not a PyTorch checkpoint",
+    "numpy": "the file is a NumPy array, not a checkpoint",
 }
 
 
@@ -144,7 +211,7 @@ def numpy_safe_globals() -> Iterator[None]:
         yield
 
 
-def load_file(path: str | os.PathLike, *, allow_pickle: bool = False) -> LoadedFile:
+def open_file(path: str | os.PathLike, *, allow_pickle: bool = False) -> File:
     """Read one checkpoint file to CPU memory.
 
     path : a PyTorch file (current or old container) or a ``.safetensors`` file
@@ -152,24 +219,26 @@ def load_file(path: str | os.PathLike, *, allow_pickle: bool = False) -> LoadedF
         is opened, so only pass True for files from somebody you trust.
 
     PyTorch files in the current container are memory-mapped: an optimizer state beside the weights costs no memory.
+    Their checksums (of a zip's members) are verified, about a second per gigabyte; PyTorch's old container and
+    safetensors have none.
 
     Raises CheckpointUnreadable if the file is missing, damaged, no checkpoint, or needs `allow_pickle`.
 
     >>> import tempfile, pathlib, torch
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.pt"
     >>> torch.save({"weight": torch.ones(2)}, path)
-    >>> load_file(path).data["weight"]
+    >>> open_file(path).data["weight"]
     tensor([1., 1.])
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointUnreadable(
-            f"{path}: no such file or folder (from {Path.cwd()}); pass the weights file or the folder that holds it"
-        )
-    if path.is_dir():
-        raise CheckpointUnreadable(f"{path}: is a folder; expected a file")
     try:
         kind = sniff(path)
+    except FileNotFoundError as error:
+        raise CheckpointUnreadable(
+            f"{path}: no such file or folder (from {Path.cwd()}); pass the weights file or the folder that holds it"
+        ) from error
+    except IsADirectoryError as error:
+        raise CheckpointUnreadable(f"{path}: is a folder; expected a file") from error
     except OSError as error:
         raise CheckpointUnreadable(f"{path}: cannot be read: {error}") from error
     if kind in _NOT_A_CHECKPOINT:
@@ -177,7 +246,7 @@ def load_file(path: str | os.PathLike, *, allow_pickle: bool = False) -> LoadedF
     if kind == "tar":
         raise CheckpointUnreadable(f"{path}: {_describe_tar(path)}")
     if kind == "safetensors":
-        return _load_safetensors(path)
+        return _open_safetensors(path)
     if kind == "unknown":
         raise CheckpointUnreadable(
             f"{path}: neither a PyTorch nor a safetensors file (first bytes {_first_bytes(path)}); "
@@ -185,7 +254,7 @@ def load_file(path: str | os.PathLike, *, allow_pickle: bool = False) -> LoadedF
         )
     if kind == "zip":
         _check_torch_zip(path)
-    return LoadedFile(_torch_load(path, zipped=kind == "zip", allow_pickle=allow_pickle))
+    return File(path, _torch_load(path, zipped=kind == "zip", allow_pickle=allow_pickle))
 
 
 def _first_bytes(path: Path) -> str:
@@ -209,22 +278,46 @@ def _describe_tar(path: Path) -> str:
 
 
 def _check_torch_zip(path: Path) -> None:
-    """Tell a truncated or foreign zip from PyTorch's container before torch does so in its own words."""
+    """Tell a foreign, truncated or damaged zip from PyTorch's container, before torch does so in its own words."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+            _check_is_torchs(path, names)
+            # torch.serialization.set_crc32_options(False) leaves all checksums zero: nothing to hold the data against.
+            if any(member.CRC for member in archive.infolist()):
+                damaged = archive.testzip()
+                if damaged is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+            else:
+                logger.info("%s: was saved without checksums: that it is undamaged cannot be verified", path)
+    # NotImplementedError, RuntimeError: a flipped bit in a member's flags asks for another compression or a password.
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        if isinstance(error, CheckpointUnreadable):
+            raise
         size = path.stat().st_size
         raise CheckpointUnreadable(
-            f"{path}: truncated or damaged ({size:,} bytes; its table of contents at the end is missing: {error}); "
-            "the download was probably interrupted: delete it and fetch it again"
+            f"{path}: truncated or damaged ({size:,} bytes; {error}); the download or copy was probably interrupted: "
+            "delete it and fetch it again"
         ) from error
-    if any(name.endswith("data.pkl") for name in names):
+
+
+def _check_is_torchs(path: Path, names: list[str]) -> None:
+    inside = {name.partition("/")[2] or name for name in names}
+    if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
+        raise CheckpointUnreadable(
+            f"{path}: is a TorchScript program (torch.jit.save), not a checkpoint; pass the checkpoint that it was made "
+            "from, or, if you trust it, save its weights: torch.save(torch.jit.load(PATH).state_dict(), 'weights.pt')"
+        )
+    if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names):
+        raise CheckpointUnreadable(
+            f"{path}: is an exported program (torch.export), not a checkpoint; pass the checkpoint that it was made from"
+        )
+    if "data.pkl" in inside:
         return
     weights = [n for n in names if n.endswith((".pt", ".pth", ".ckpt", ".bin", ".model", ".safetensors"))]
-    inside = ", ".join((weights or names)[:3])
     raise CheckpointUnreadable(
-        f"{path}: is a zip archive (holding {inside}), not a checkpoint; unpack it and pass the folder or file inside"
+        f"{path}: is a zip archive (holding {', '.join((weights or names)[:3])}), not a checkpoint; unpack it and pass "
+        "the folder or file inside"
     )
 
 
@@ -246,39 +339,66 @@ def _torch_load(path: Path, *, zipped: bool, allow_pickle: bool) -> Any:
     except Exception as error:
         # torch reports refused globals, damaged pickles and short reads as UnpicklingError, RuntimeError, EOFError,
         # ValueError, KeyError, ... depending on where the damage is; every one of them is turned into one error.
-        raise CheckpointUnreadable(_explain(path, error, allow_pickle)) from error
+        raise CheckpointUnreadable(_explain(path, error, allow_pickle, zipped)) from error
 
 
-def _explain(path: Path, error: Exception, allow_pickle: bool) -> str:
+def _explain(path: Path, error: Exception, allow_pickle: bool, zipped: bool) -> str:
     message = str(error)
+    first = message.splitlines()[0][:200] if message else type(error).__name__
     found = _UNSUPPORTED_GLOBAL.search(message)
+    trust = f"if you trust where the file comes from, pass {option('allow_pickle', 'True')}"
     if found and not allow_pickle:
+        if _holds_module(path, zipped):
+            return (
+                f"{path}: is a whole pickled module ({found.group(1)}), not a state dict, and opening it could run code, "
+                f"so it was refused. Where that class can be imported, save its weights: torch.save(model.state_dict(), "
+                f"'weights.pt'); or, {trust}"
+            )
         return (
             f"{path}: the pickle refers to {found.group(1)}, which is not a tensor or plain container and could run "
-            "code when loaded, so it was refused; if you trust where the file comes from, pass allow_pickle=True "
-            "(command line: --allow-pickle)"
+            f"code when loaded, so it was refused; {trust}"
+        )
+    if isinstance(error, (ImportError, AttributeError)) and allow_pickle:
+        return (
+            f"{path}: the pickle needs code that is not here ({first}); open it where its project is installed and save "
+            "the weights: torch.save(model.state_dict(), 'weights.pt')"
+        )
+    if "magic number" in message:
+        return (
+            f"{path}: is a Python pickle that torch.save did not write; load it where it was made and save the weights: "
+            "torch.save(state_dict, 'weights.pt')"
         )
     if not allow_pickle and _UNSUPPORTED_INSTR.search(message):
         reason = re.search(r"WeightsUnpickler error: ([^\n]*)", message)
-        return (
-            f"{path}: damaged, or a pickle that the safe loader cannot open "
-            f"({reason.group(1) if reason else message.splitlines()[0][:200]}); if you trust where the file comes "
-            "from, try allow_pickle=True (command line: --allow-pickle)"
-        )
-    first = message.splitlines()[0][:200] if message else type(error).__name__
+        what = reason.group(1) if reason else first
+        if zipped:  # its checksums are right
+            return f"{path}: the safe loader cannot open this pickle ({what}); {trust}"
+        return f"{path}: damaged, or a pickle that the safe loader cannot open ({what}); {trust}"
     return (
         f"{path}: truncated or damaged PyTorch file ({path.stat().st_size:,} bytes; {type(error).__name__}: {first}); "
         "delete it and fetch it again"
     )
 
 
-def _load_safetensors(path: Path) -> LoadedFile:
+def _holds_module(path: Path, zipped: bool) -> bool:
+    """Whether the pickle of a file is of a module's attributes."""
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            with open(path, "rb") as file:
+                pickled = file.read(10_000_000)
+    except (OSError, zipfile.BadZipFile, StopIteration):
+        return False
+    return all(word in pickled for word in (b"_parameters", b"_buffers", b"_modules"))
+
+
+def _open_safetensors(path: Path) -> File:
     try:
         import safetensors
         import safetensors.torch
     except ImportError as error:
-        from ..errors import MissingPackage
-
         raise MissingPackage(f"{path} is a safetensors file; run: pip install safetensors") from error
     try:
         with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
@@ -289,4 +409,4 @@ def _load_safetensors(path: Path) -> LoadedFile:
             f"{path}: truncated or damaged safetensors file ({path.stat().st_size:,} bytes; {error}); "
             "delete it and fetch it again"
         ) from error
-    return LoadedFile(data, metadata)
+    return File(path, data, metadata)

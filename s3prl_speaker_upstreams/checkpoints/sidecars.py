@@ -1,11 +1,15 @@
-"""What the files beside a checkpoint tell about it: configurations, read as data and never executed."""
+"""What the files beside a checkpoint tell about it: configurations, read as data and never executed.
+
+What each project's configuration means stands with its format; here is how one is read, and how it is held to what
+can be had: an argument that is not known, or not had, is refused by name, because it may change the numbers.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,21 +18,23 @@ import yaml
 
 from ..errors import CheckpointMismatch
 
-__all__ = ["Hints", "read", "read_yaml", "speechbrain_or_3dspeaker"]
+__all__ = ["Settings", "arguments", "expect", "layer_widths", "mentions", "read_json", "read_yaml"]
 
 logger = logging.getLogger(__name__)
 
+_ALONE = "to read the weights without their configuration, move them out of the folder and pass what differs as options"
 
-@dataclass
-class Hints:
-    """Fields of EcapaConfig and FrontendConfig that a project's configuration file states, and its name.
 
-    >>> Hints(ecapa={"dilations": (2, 3, 4)}).frontend
+@dataclass(frozen=True)
+class Settings:
+    """Fields of EcapaConfig and FrontendConfig that a project's configuration states, and the file that states them.
+
+    >>> Settings({"dilations": (2, 3, 4)}).frontend
     {}
     """
 
-    ecapa: dict[str, Any] = field(default_factory=dict)
-    frontend: dict[str, Any] = field(default_factory=dict)
+    ecapa: Mapping[str, Any] = field(default_factory=dict)
+    frontend: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
 
@@ -42,6 +48,7 @@ def _tagged(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
         return {"!": tag, **loader.construct_mapping(node, deep=True)}
     if isinstance(node, yaml.SequenceNode):
         return loader.construct_sequence(node, deep=True)
+    assert isinstance(node, yaml.ScalarNode)
     return {"!": tag, "value": loader.construct_scalar(node)}
 
 
@@ -49,15 +56,16 @@ _DataLoader.add_multi_constructor("!", _tagged)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as plain data. Tags are kept as the key ``"!"`` and run nothing; ``!ref <key>`` is looked up.
+    """A YAML file as plain data. Tags are kept as the key ``"!"`` and run nothing; references are looked up.
 
-    Returns {} (and logs why) if the file is not a YAML mapping.
+    References are SpeechBrain's ``!ref <key>`` and 3D-Speaker's plain ``<key>``. Returns {} (and logs why) if the file
+    is not a YAML mapping.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "hyperparams.yaml"
-    >>> _ = path.write_text("n: 80\\nmodel: !new:os.system\\n    command: !ref <n>\\n")
-    >>> read_yaml(path)["model"]
-    {'!': '!new:os.system', 'command': 80}
+    >>> _ = path.write_text("n: 80\\nmodel: !new:os.system\\n    command: !ref <n>\\nother: {n: <n>}\\n")
+    >>> read_yaml(path)["model"], read_yaml(path)["other"]
+    ({'!': '!new:os.system', 'command': 80}, {'n': 80})
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -68,10 +76,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         return {}
     done: dict[int, Any] = {}
-    return {key: _resolve(value, data, done) for key, value in data.items()}
+    return {str(key): _resolve(value, data, done) for key, value in data.items()}
 
 
 def _resolve(value: Any, root: Mapping[str, Any], done: dict[int, Any]) -> Any:
+    if isinstance(value, str):
+        return _referred(value, root, value)
     if not isinstance(value, (dict, list)):
         return value
     if id(value) not in done:
@@ -82,174 +92,148 @@ def _resolve(value: Any, root: Mapping[str, Any], done: dict[int, Any]) -> Any:
 
 
 def _resolved(value: dict | list, root: Mapping[str, Any], done: dict[int, Any]) -> Any:
-    if isinstance(value, dict):
-        if value.get("!") == "!ref" and isinstance(value.get("value"), str):
-            whole = re.fullmatch(r"<([\w-]+)>", value["value"].strip())
-            if whole and whole.group(1) in root and not isinstance(root[whole.group(1)], dict):
-                return _resolve(root[whole.group(1)], root, done)
-            return value
-        return {k: _resolve(v, root, done) for k, v in value.items()}
-    return [_resolve(v, root, done) for v in value]
+    if isinstance(value, list):
+        return [_resolve(v, root, done) for v in value]
+    if value.get("!") == "!ref" and isinstance(value.get("value"), str):
+        return _referred(value["value"], root, value)
+    return {k: _resolve(v, root, done) for k, v in value.items()}
 
 
-def speechbrain_or_3dspeaker(file: Path) -> tuple[str, str] | None:
-    """Which of the two a file's neighbours show it to be, with the reason, or None.
-
-    >>> speechbrain_or_3dspeaker(Path("/nowhere/embedding_model.ckpt")) is None
-    True
-    """
-    folder = file.parent
-    hyperparams = folder / "hyperparams.yaml"
-    if hyperparams.is_file():
-        try:
-            if "speechbrain." in hyperparams.read_text(encoding="utf-8", errors="replace"):
-                return "speechbrain", "hyperparams.yaml beside it is SpeechBrain's"
-        except OSError:
-            pass
-    for name in ("mean_var_norm_emb.ckpt", "label_encoder.txt", "label_encoder.ckpt"):
-        if (folder / name).is_file():
-            return "speechbrain", f"{name} beside it is SpeechBrain's"
-    configuration = folder / "configuration.json"
-    if configuration.is_file():
-        try:
-            data = json.loads(configuration.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            data = {}
-        if isinstance(data, dict) and "framework" in data and "task" in data:
-            return "3dspeaker", "configuration.json beside it is ModelScope's"
-    return None
+def _referred(text: str, root: Mapping[str, Any], otherwise: Any, depth: int = 0) -> Any:
+    """The plain value that ``<key>`` stands for; a whole component, or anything else, stays as it is."""
+    whole = re.fullmatch(r"<([\w-]+)>", text.strip())
+    value = root.get(whole.group(1), otherwise) if whole else otherwise
+    if isinstance(value, dict) and value.get("!") == "!ref" and isinstance(value.get("value"), str):
+        value = value["value"]
+    if isinstance(value, str) and whole and depth < 8:
+        return _referred(value, root, value, depth + 1)
+    return otherwise if isinstance(value, dict) else value
 
 
-def read(file: Path, format: str) -> Hints:
-    """What the project's own configuration beside a file states.
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; {} if it is not there or is none.
 
-    Raises CheckpointMismatch if it describes a model or front-end that cannot be had from this file.
-
-    >>> read(Path("/nowhere/embedding_model.ckpt"), "speechbrain").ecapa
+    >>> read_json(Path("/nowhere/configuration.json"))
     {}
     """
-    reader = {"speechbrain": _speechbrain, "wespeaker": _wespeaker, "sslsv": _sslsv}.get(format)
-    if reader is None:
-        return Hints()
-    names = {"speechbrain": ("hyperparams.yaml",), "wespeaker": ("config.yaml",), "sslsv": ("config.yml",)}[format]
-    # A project's experiment keeps its weights one folder down; anything else's parent folder is none of its business.
-    inside = file.parent.name in ("models", "checkpoints", "exps")
-    for folder in (file.parent, file.parent.parent) if inside else (file.parent,):
-        for name in names:
-            path = folder / name
-            if path.is_file():
-                data = read_yaml(path)
-                return reader(data, path) if data else Hints()
-    return Hints()
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
-def _expect(path: Path, what: str, got: Any, expected: Any, remedy: str = "this model cannot be loaded") -> None:
+def mentions(path: Path, word: str) -> bool:
+    """Whether a text file is there and holds a word.
+
+    >>> mentions(Path("/nowhere/hyperparams.yaml"), "speechbrain.")
+    False
+    """
+    try:
+        return word in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def expect(path: Path, what: str, got: Any, expected: Any, why: str = "this model cannot be loaded") -> None:
+    """Refuse a setting that cannot be had.
+
+    >>> expect(Path("config.yaml"), "groups", 2, 1)
+    Traceback (most recent call last):
+    ...
+    s3prl_speaker_upstreams.errors.CheckpointMismatch: config.yaml: got groups=2, expected 1; this model cannot be \
+loaded. If that is not of this file: to read the weights without their configuration, move them out of the folder and \
+pass what differs as options
+    """
     if got != expected:
-        raise CheckpointMismatch(f"{path}: got {what}={got!r}, expected {expected!r}; {remedy}")
+        raise CheckpointMismatch(
+            f"{path}: got {what}={got!r}, expected {expected!r}; {why}. If that is not of this file: {_ALONE}"
+        )
 
 
-def _speechbrain(data: dict[str, Any], path: Path) -> Hints:
-    hints = Hints(source=str(path))
-    model = data.get("embedding_model")
-    if isinstance(model, dict) and model.get("!"):
-        if "ECAPA_TDNN" not in model["!"]:
+def arguments(
+    path: Path,
+    of: str,
+    given: Any,
+    *,
+    ours: Mapping[str, str],
+    fixed: Mapping[str, Any],
+    ignored: Collection[str] = (),
+) -> dict[str, Any]:
+    """What a component's arguments say in this package's fields.
+
+    path, of : of messages: the file, and the component
+    given : its arguments; anything but a mapping says nothing
+    ours : the project's argument -> the field here that it is
+    fixed : the project's argument -> the only value of it that can be had
+    ignored : arguments that change nothing of what a trained model gives
+
+    Raises CheckpointMismatch for any other argument, and for a value that is a reference to something else.
+
+    >>> arguments(Path("c.yaml"), "model", {"lin_neurons": 192, "groups": 1}, ours={"lin_neurons": "embedding_dim"},
+    ...           fixed={"groups": 1})
+    {'embedding_dim': 192}
+    >>> arguments(Path("c.yaml"), "model", {"gropus": 2}, ours={}, fixed={"groups": 1})
+    Traceback (most recent call last):
+    ...
+    s3prl_speaker_upstreams.errors.CheckpointMismatch: c.yaml: model: got gropus=2, expected one of groups; an argument \
+that is not known may change the numbers. If it does not: to read the weights without their configuration, move them out \
+of the folder and pass what differs as options
+    """
+    found: dict[str, Any] = {}
+    for key, value in given.items() if isinstance(given, Mapping) else ():
+        if key in ("!", *ignored):
+            continue
+        if key in fixed:
+            expect(path, f"{of}.{key}", value, fixed[key])
+        elif key not in ours:
             raise CheckpointMismatch(
-                f"{path}: got embedding_model {model['!']}, expected speechbrain.lobes.models.ECAPA_TDNN.ECAPA_TDNN; "
-                "pass an ECAPA-TDNN"
+                f"{path}: {of}: got {key}={value!r}, expected one of {', '.join(sorted([*ours, *fixed]))}; an argument "
+                f"that is not known may change the numbers. If it does not: {_ALONE}"
             )
-        channels, kernels, dilations = (model.get(k) for k in ("channels", "kernel_sizes", "dilations"))
-        if isinstance(channels, list) and len(channels) == 5 and all(isinstance(c, int) for c in channels):
-            if len(set(channels[:4])) != 1:
-                raise CheckpointMismatch(
-                    f"{path}: got channels={channels}, expected four equal ones: blocks of unequal width are not "
-                    "supported"
-                )
-            hints.ecapa.update(channels=channels[0], mfa_channels=channels[4])
-        if isinstance(kernels, list) and len(kernels) == 5:
-            _expect(path, "kernel_sizes[1:]", kernels[1:], [3, 3, 3, 1])
-        if isinstance(dilations, list) and len(dilations) == 5 and all(isinstance(d, int) for d in dilations):
-            _expect(path, "dilations[0] and [4]", [dilations[0], dilations[4]], [1, 1])
-            hints.ecapa["dilations"] = tuple(dilations[1:4])
-        groups = model.get("groups")
-        if isinstance(groups, list):
-            _expect(path, "groups", set(groups), {1})
-        for ours, theirs in (
-            ("embedding_dim", "lin_neurons"),
-            ("attention_channels", "attention_channels"),
-            ("se_channels", "se_channels"),
-            ("res2_scale", "res2net_scale"),
-            ("n_mels", "input_size"),
-            ("attention_context", "global_context"),
-        ):
-            if isinstance(model.get(theirs), (int, bool)):
-                hints.ecapa[ours] = model[theirs]
-    features = data.get("compute_features")
-    if isinstance(features, dict):
-        _expect(path, "compute_features.deltas", features.get("deltas", False), False)
-        _expect(path, "compute_features.context", features.get("context", False), False)
-        _expect(path, "compute_features.requires_grad", features.get("requires_grad", False), False)
-        for ours, theirs in (("fmin", "f_min"), ("fmax", "f_max"), ("n_fft", "n_fft"), ("n_mels", "n_mels")):
-            if isinstance(features.get(theirs), (int, float)):
-                hints.frontend[ours] = features[theirs]
-        _expect(path, "compute_features.sample_rate", features.get("sample_rate", 16000), 16000)
-        _expect(path, "compute_features.hop_length", features.get("hop_length", 10), 10)
-        _expect(path, "compute_features.win_length", features.get("win_length", 25), 25)
-    normalise = data.get("mean_var_norm")  # SpeechBrain's own defaults, where it says nothing, are not this model's
-    if isinstance(normalise, dict):
-        _expect(path, "mean_var_norm.norm_type", normalise.get("norm_type", "global"), "sentence")
-        _expect(path, "mean_var_norm.std_norm", normalise.get("std_norm", True), False)
-    hints.frontend.pop("n_mels", None)
-    return hints
+        elif isinstance(value, (Mapping, str)) and not (isinstance(value, str) and re.fullmatch(r"[\w.+-]+", value)):
+            raise CheckpointMismatch(
+                f"{path}: {of}: got {key}={value!r}, expected a plain value: the expression is not evaluated here; "
+                f"write its value into the file. Or: {_ALONE}"
+            )
+        elif value is not None:
+            found[ours[key]] = value
+    return found
 
 
-def _wespeaker(data: dict[str, Any], path: Path) -> Hints:
-    hints = Hints(source=str(path))
-    model = data.get("model")
-    if isinstance(model, str):
-        if not model.startswith("ECAPA_TDNN"):
-            raise CheckpointMismatch(f"{path}: got model={model!r}, expected an ECAPA_TDNN; pass one of those")
-        hints.ecapa["attention_context"] = "GLOB" in model
-        width = re.search(r"_c(\d+)$", model)
-        if width:
-            hints.ecapa["channels"] = int(width.group(1))
-    arguments = data.get("model_args")
-    if isinstance(arguments, dict):
-        _expect(path, "model_args.pooling_func", arguments.get("pooling_func", "ASTP"), "ASTP")
-        for ours, theirs in (("n_mels", "feat_dim"), ("embedding_dim", "embed_dim"), ("embedding_norm", "emb_bn")):
-            if isinstance(arguments.get(theirs), (int, bool)):
-                hints.ecapa[ours] = arguments[theirs]
-    dataset = data.get("dataset_args")
-    if isinstance(dataset, dict):
-        remedy = "the model wants other features than Kaldi's filter bank at 16 kHz, which cannot be had from its file"
-        _expect(path, "dataset_args.frontend", dataset.get("frontend", "fbank"), "fbank", remedy)
-        _expect(path, "dataset_args.resample_rate", dataset.get("resample_rate", 16000), 16000, remedy)
-        bank = dataset.get("fbank_args")
-        if isinstance(bank, dict):
-            _expect(path, "fbank_args.frame_shift", bank.get("frame_shift", 10), 10, remedy)
-            _expect(path, "fbank_args.frame_length", bank.get("frame_length", 25), 25, remedy)
-        if dataset.get("cmvn", True) is False:
-            hints.frontend["normalisation"] = "none"
-        cmvn = dataset.get("cmvn_args")
-        if isinstance(cmvn, dict):
-            _expect(path, "cmvn_args.norm_var", cmvn.get("norm_var", False), False, remedy)
-            if cmvn.get("norm_mean", True) is False:
-                hints.frontend["normalisation"] = "none"
-    return hints
+def layer_widths(path: Path, of: str, given: Any) -> dict[str, Any]:
+    """What SpeechBrain's lists of five (``channels``, ``kernel_sizes``, ``dilations``, ``groups``) say, as fields here.
 
+    Raises CheckpointMismatch for shapes that are not ECAPA-TDNN's: other than five layers, blocks of unequal width,
+    grouped convolutions, a dilated first or last layer, block kernels other than 3.
 
-def _sslsv(data: dict[str, Any], path: Path) -> Hints:
-    hints = Hints(source=str(path))
-    encoder = data.get("encoder")
-    if isinstance(encoder, dict):
-        kind = encoder.get("type", "ecapatdnn")
-        _expect(path, "encoder.type", str(kind).lower().replace("_", "").replace("-", ""), "ecapatdnn", "pass an ECAPA")
-        channels = encoder.get("channels")
-        if isinstance(channels, list) and len(channels) == 5:
-            hints.ecapa.update(channels=channels[0], mfa_channels=channels[4])
-        dilations = encoder.get("dilations")
-        if isinstance(dilations, list) and len(dilations) == 5:
-            hints.ecapa["dilations"] = tuple(dilations[1:4])
-        for ours, theirs in (("n_mels", "mel_n_mels"), ("embedding_dim", "encoder_dim")):
-            if isinstance(encoder.get(theirs), int):
-                hints.ecapa[ours] = encoder[theirs]
-    return hints
+    >>> layer_widths(Path("c.yaml"), "model", {"channels": [8, 8, 8, 8, 24], "dilations": [1, 3, 4, 5, 1]})
+    {'channels': 8, 'mfa_channels': 24, 'dilations': (3, 4, 5)}
+    """
+    found: dict[str, Any] = {}
+    given = given if isinstance(given, Mapping) else {}
+
+    def five(name: str) -> list[int] | None:
+        value = given.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != 5 or not all(isinstance(v, int) for v in value):
+            raise CheckpointMismatch(f"{path}: {of}: got {name}={value!r}, expected five numbers; {_ALONE}")
+        return value
+
+    channels, kernels, dilations, groups = map(five, ("channels", "kernel_sizes", "dilations", "groups"))
+    if channels:
+        if len(set(channels[:4])) != 1:
+            raise CheckpointMismatch(
+                f"{path}: got channels={channels}, expected four equal ones: blocks of unequal width are not supported"
+            )
+        found.update(channels=channels[0], mfa_channels=channels[4])
+    if kernels:
+        expect(path, "kernel_sizes[1:]", kernels[1:], [3, 3, 3, 1])
+        found["kernel_size"] = kernels[0]
+    if dilations:
+        expect(path, "dilations[0] and [4]", [dilations[0], dilations[4]], [1, 1])
+        found["dilations"] = tuple(dilations[1:4])
+    if groups:
+        expect(path, "groups", groups, [1] * 5)
+    return found

@@ -8,7 +8,7 @@ import torch
 
 from ..ecapa import DIALECTS, Ecapa
 from ..errors import ConfigError
-from .readers import Checkpoint
+from .checkpoint import Checkpoint
 
 __all__ = ["untrained"]
 
