@@ -43,9 +43,9 @@ print(seconds, (kilobytes("VmHWM") - before) * 1024 / 1e6)
 
 def speechbrain_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Canonical tensors under SpeechBrain's names, as the released files have them."""
-    from s3prl_speaker_upstreams.checkpoints.layouts import LAYOUTS
+    from s3prl_speaker_upstreams.checkpoints.formats import BY_NAME
 
-    names = {ours: theirs for ours, theirs, _ in LAYOUTS["speechbrain"].tensors(7)}
+    names = BY_NAME["speechbrain"].names(7)
     return {names[k]: v.unsqueeze(-1) if k == "embedding.weight" else v for k, v in state.items()}
 
 

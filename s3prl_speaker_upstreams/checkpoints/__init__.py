@@ -2,15 +2,16 @@
 
 >>> from s3prl_speaker_upstreams.checkpoints import FORMATS
 >>> FORMATS
-('3dspeaker', 'rdino', 'sdpn', 'native', 'speechbrain', 'sslsv', 'taoruijie', 'wespeaker')
+('native', 'speechbrain', 'sslsv', 'taoruijie', '3dspeaker', 'rdino', 'sdpn', 'wespeaker')
 """
 
 from __future__ import annotations
 
 from .checkpoint import ROLES, Checkpoint, build_encoder, expected_shapes
+from .detection import FORMATS, detect
 from .formats.native import save_native
 from .networks import COPIES
-from .reading import FORMATS, detect, detect_format, find_file, load_encoder, read_checkpoint
+from .reading import detect_format, find_file, load_encoder, read_checkpoint
 from .untrained import untrained
 
 __all__ = [

@@ -52,8 +52,7 @@ def build_encoder(checkpoint: Checkpoint, dtype: str | None = None) -> SpeakerEn
     >>> build_encoder(untrained(channels=16, mfa_channels=24)).hidden_size
     16
     """
-    precision = {} if dtype is None else {"dtype": dtype}
-    encoder = SpeakerEncoder(checkpoint.ecapa, checkpoint.frontend, **precision, **checkpoint.frontend_buffers)
+    encoder = SpeakerEncoder(checkpoint.ecapa, checkpoint.frontend, dtype or "float32", **checkpoint.frontend_buffers)
     encoder.ecapa.load_state_dict(dict(checkpoint.state), strict=True)
     return encoder.eval()
 
@@ -113,7 +112,8 @@ def check_shapes(checkpoint: Checkpoint, what: str) -> None:
     Traceback (most recent call last):
     ...
     s3prl_speaker_upstreams.errors.CheckpointMismatch: x.pt: 231 tensors are missing and 0 left over, first \
-'block_1.conv.weight', for a network of channels=1024, mfa_channels=3072; leave out options that change the model's layers
+'block_1.conv.weight', for a network of channels=1024, mfa_channels=3072; leave out options that change the \
+model's layers
     """
     expected, state = expected_shapes(checkpoint.ecapa), checkpoint.state
     widths = f"channels={checkpoint.ecapa.channels}, mfa_channels={checkpoint.ecapa.mfa_channels}"

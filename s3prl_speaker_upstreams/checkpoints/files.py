@@ -7,7 +7,7 @@ metadata (for safetensors); :func:`sniff` tells what a file is from its first by
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib
 import json
 import logging
 import os
@@ -39,37 +39,34 @@ class File:
     """An opened checkpoint file.
 
     path : where it is
-    data : the object that was saved, or the tensors of a safetensors file by name
+    tensors : every tensor of the file by its path, the keys that lead to it joined with dots
+    entries : the top-level keys
     metadata : of a safetensors file; None of others
 
-    >>> sorted(File(Path("x.pt"), {"epoch": 3, "model": {"a.weight": torch.zeros(1)}}).tensors)
+    >>> sorted(File.of(Path("x.pt"), {"epoch": 3, "model": {"a.weight": torch.zeros(1)}}).tensors)
     ['model.a.weight']
     """
 
     path: Path
-    data: Any
+    tensors: Mapping[str, Tensor]
+    entries: frozenset[str] = frozenset()
     metadata: Mapping[str, str] | None = None
 
-    @functools.cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the file by its path: the keys that lead to it, joined with dots.
+    @classmethod
+    def of(cls, path: Path, data: Any, metadata: Mapping[str, str] | None = None) -> File:
+        """From the object that was saved.
 
-        Raises CheckpointMismatch if the file holds something else than a mapping or a module.
+        Raises CheckpointMismatch if it is neither a mapping nor a module.
         """
-        if not isinstance(self.data, (Mapping, torch.nn.Module)):
+        if not isinstance(data, (Mapping, torch.nn.Module)):
             raise CheckpointMismatch(
-                f"{self.path}: got a saved {type(self.data).__name__}, expected a mapping of names to tensors "
-                "(a state dict)"
+                f"{path}: got a saved {type(data).__name__}, expected a mapping of names to tensors (a state dict)"
             )
-        return dict(_tensors(self.data, "", set()))
-
-    @property
-    def entries(self) -> set[str]:
-        """Its top-level keys."""
-        return {str(key) for key in self.data} if isinstance(self.data, Mapping) else set()
+        entries = frozenset(map(str, data)) if isinstance(data, Mapping) else frozenset()
+        return cls(path, dict(_tensors(data, "", frozenset())), entries, metadata)
 
 
-def _tensors(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(value: Any, path: str, above: frozenset[int]) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield path, value
         return
@@ -88,8 +85,8 @@ def option(name: str, value: str) -> str:
 
     >>> option("format", "wespeaker")
     "--format wespeaker (format='wespeaker'; for run_downstream.py a yaml file with `format: wespeaker`, given with -g)"
-    >>> option("allow_pickle", "True")[:37]
-    '--allow-pickle (allow_pickle=True; for'
+    >>> option("allow_pickle", "True")[:36]
+    '--allow-pickle (allow_pickle=True; f'
     """
     flag = f"--{name.replace('_', '-')}"
     if value == "True":
@@ -159,8 +156,8 @@ _NOT_A_CHECKPOINT = {
     "text": "the file is plain text, not a checkpoint; pass the weights file (.pt, .ckpt, .bin, .pth, .model, "
     ".safetensors) or the folder that holds it",
     "gzip": "the file is a gzip archive; unpack it and pass the weights file or folder inside",
-    "onnx": "the file is an ONNX graph for inference, whose weights are folded into it; pass the PyTorch checkpoint that "
-    "it was exported from",
+    "onnx": "the file is an ONNX graph for inference, with its weights folded in; pass the PyTorch checkpoint that it "
+    "was exported from",
     "hdf5": "the file is HDF5 (Keras or MATLAB), not a PyTorch checkpoint",
     "numpy": "the file is a NumPy array, not a checkpoint",
 }
@@ -168,12 +165,9 @@ _NOT_A_CHECKPOINT = {
 
 def _numpy_scalar_under(module: str) -> Any:
     """numpy's scalar constructor under the module path by which an older or newer numpy pickled it."""
-    try:
-        from numpy._core import multiarray
-    except ImportError:  # numpy < 2
-        from numpy.core import multiarray
+    multiarray = importlib.import_module("numpy._core.multiarray" if hasattr(np, "_core") else "numpy.core.multiarray")
 
-    def scalar(dtype: np.dtype, value: Any = None) -> np.generic:
+    def scalar(dtype: np.dtype, value: Any = None) -> Any:
         # Object dtypes would unpickle arbitrary things; a metric or learning rate never has one.
         if dtype.hasobject:
             raise CheckpointUnreadable("a numpy object scalar in the checkpoint was refused")
@@ -227,7 +221,7 @@ def open_file(path: str | os.PathLike, *, allow_pickle: bool = False) -> File:
     >>> import tempfile, pathlib, torch
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.pt"
     >>> torch.save({"weight": torch.ones(2)}, path)
-    >>> open_file(path).data["weight"]
+    >>> open_file(path).tensors["weight"]
     tensor([1., 1.])
     """
     path = Path(path)
@@ -254,7 +248,7 @@ def open_file(path: str | os.PathLike, *, allow_pickle: bool = False) -> File:
         )
     if kind == "zip":
         _check_torch_zip(path)
-    return File(path, _torch_load(path, zipped=kind == "zip", allow_pickle=allow_pickle))
+    return File.of(path, _torch_load(path, zipped=kind == "zip", allow_pickle=allow_pickle))
 
 
 def _first_bytes(path: Path) -> str:
@@ -305,12 +299,14 @@ def _check_is_torchs(path: Path, names: list[str]) -> None:
     inside = {name.partition("/")[2] or name for name in names}
     if "constants.pkl" in inside or any(name.startswith("code/") for name in inside):
         raise CheckpointUnreadable(
-            f"{path}: is a TorchScript program (torch.jit.save), not a checkpoint; pass the checkpoint that it was made "
-            "from, or, if you trust it, save its weights: torch.save(torch.jit.load(PATH).state_dict(), 'weights.pt')"
+            f"{path}: is a TorchScript program (torch.jit.save), not a checkpoint; pass the checkpoint that it was "
+            "made from, or, if you trust it, save its weights: torch.save(torch.jit.load(PATH).state_dict(), "
+            "'weights.pt')"
         )
     if any(name.endswith(("serialized_exported_program.json", "models/model.json")) for name in names):
         raise CheckpointUnreadable(
-            f"{path}: is an exported program (torch.export), not a checkpoint; pass the checkpoint that it was made from"
+            f"{path}: is an exported program (torch.export), not a checkpoint; pass the checkpoint that it was made "
+            "from"
         )
     if "data.pkl" in inside:
         return
@@ -350,9 +346,9 @@ def _explain(path: Path, error: Exception, allow_pickle: bool, zipped: bool) -> 
     if found and not allow_pickle:
         if _holds_module(path, zipped):
             return (
-                f"{path}: is a whole pickled module ({found.group(1)}), not a state dict, and opening it could run code, "
-                f"so it was refused. Where that class can be imported, save its weights: torch.save(model.state_dict(), "
-                f"'weights.pt'); or, {trust}"
+                f"{path}: is a whole pickled module ({found.group(1)}), not a state dict, and opening it could run "
+                "code, so it was refused. Where that class can be imported, save its weights: "
+                f"torch.save(model.state_dict(), 'weights.pt'); or, {trust}"
             )
         return (
             f"{path}: the pickle refers to {found.group(1)}, which is not a tensor or plain container and could run "
@@ -360,13 +356,13 @@ def _explain(path: Path, error: Exception, allow_pickle: bool, zipped: bool) -> 
         )
     if isinstance(error, (ImportError, AttributeError)) and allow_pickle:
         return (
-            f"{path}: the pickle needs code that is not here ({first}); open it where its project is installed and save "
-            "the weights: torch.save(model.state_dict(), 'weights.pt')"
+            f"{path}: the pickle needs code that is not here ({first}); open it where its project is installed and "
+            "save the weights: torch.save(model.state_dict(), 'weights.pt')"
         )
-    if "magic number" in message:
+    if not zipped and not _begins_as_torchs(path):
         return (
-            f"{path}: is a Python pickle that torch.save did not write; load it where it was made and save the weights: "
-            "torch.save(state_dict, 'weights.pt')"
+            f"{path}: is a Python pickle that torch.save did not write; load it where it was made and save the "
+            "weights: torch.save(state_dict, 'weights.pt')"
         )
     if not allow_pickle and _UNSUPPORTED_INSTR.search(message):
         reason = re.search(r"WeightsUnpickler error: ([^\n]*)", message)
@@ -378,6 +374,12 @@ def _explain(path: Path, error: Exception, allow_pickle: bool, zipped: bool) -> 
         f"{path}: truncated or damaged PyTorch file ({path.stat().st_size:,} bytes; {type(error).__name__}: {first}); "
         "delete it and fetch it again"
     )
+
+
+def _begins_as_torchs(path: Path) -> bool:
+    """Whether a pickle begins with the number that marks PyTorch's old container."""
+    with open(path, "rb") as file:
+        return torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in file.read(32)
 
 
 def _holds_module(path: Path, zipped: bool) -> bool:
@@ -409,4 +411,4 @@ def _open_safetensors(path: Path) -> File:
             f"{path}: truncated or damaged safetensors file ({path.stat().st_size:,} bytes; {error}); "
             "delete it and fetch it again"
         ) from error
-    return File(path, data, metadata)
+    return File.of(path, data, metadata)

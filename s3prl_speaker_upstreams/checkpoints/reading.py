@@ -14,21 +14,16 @@ from typing import Any
 
 from ..ecapa import SpeakerEncoder
 from ..ecapa.config import DIALECTS, EcapaConfig, FrontendConfig
-from ..errors import CheckpointMismatch, CheckpointUnreadable, ConfigError
+from ..errors import CheckpointUnreadable, ConfigError
 from .checkpoint import ROLES, Checkpoint, build_encoder, check_shapes
-from .files import File, open_file, option
-from .format import INSIDE, NAMED, Format
+from .detection import FORMATS, as_told, detect
+from .files import open_file, option
 from .formats import BY_NAME
 from .networks import COPIES
 
-__all__ = ["FORMATS", "detect", "detect_format", "find_file", "load_encoder", "read_checkpoint"]
+__all__ = ["detect_format", "find_file", "load_encoder", "read_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-FORMATS = tuple(BY_NAME)
-
-# A file is taken for a format from this share of its tensors on.
-_ENOUGH = 0.5
 
 
 def read_checkpoint(
@@ -71,13 +66,13 @@ def read_checkpoint(
         if value is not None and value not in known:
             raise ConfigError(f"got {name}={value!r}, expected one of {', '.join(known)}")
     file = open_file(find_file(path, format=format, role=role), allow_pickle=allow_pickle)
-    kind = detect(file) if format is None else _as_told(BY_NAME[format], file)
+    kind = detect(file) if format is None else as_told(BY_NAME[format], file)
     checkpoint = kind.read(file, role=role, copy=copy)
     if len(kind.dialects) > 1 and frontend is None:
         logger.warning(
             "%s: %s files have two public front-ends, which the file cannot tell apart; taking its authors' own "
             "(frontend=%s: log-mel with instance normalisation). For the ModelScope library's (Kaldi fbank, mean "
-            "normalisation) pass %s", file.path, kind.title, *kind.dialects[:1], option("frontend", kind.dialects[1]),
+            "normalisation) pass %s", file.path, kind.title, kind.dialects[0], option("frontend", kind.dialects[1]),
         )  # fmt: skip
     checkpoint = _with_options(checkpoint, frontend, overrides)
     check_shapes(checkpoint, str(file.path))
@@ -146,101 +141,6 @@ def detect_format(path: str | os.PathLike, *, allow_pickle: bool = False) -> str
     'native'
     """
     return detect(open_file(find_file(path), allow_pickle=allow_pickle)).name
-
-
-def detect(file: File) -> Format:
-    """The format of an opened file.
-
-    Where only the user can know (SpeechBrain or 3D-Speaker supervised) this gives SpeechBrain and logs a warning.
-
-    Raises CheckpointMismatch if it is no format that is known, naming the nearest and the first difference from it.
-
-    >>> import torch
-    >>> detect(File(Path("x.pt"), {"layer.weight": torch.zeros(2)}))
-    Traceback (most recent call last):
-    ...
-    s3prl_speaker_upstreams.errors.CheckpointMismatch: x.pt: got 1 tensors, first 'layer.weight', expected an \
-ECAPA-TDNN in one of the formats 3dspeaker, native, rdino, sdpn, speechbrain, sslsv, taoruijie, wespeaker
-    """
-    likeness = _likeness(file)
-    best = max(share for share, _ in likeness.values())
-    if best < _ENOUGH:
-        raise CheckpointMismatch(
-            f"{file.path}: got {_describe(file)}, expected an ECAPA-TDNN in one of the formats {', '.join(FORMATS)}"
-            + _nearest(likeness)
-            + _canonical_hint(file)
-        )
-    likely = [kind for kind in BY_NAME.values() if likeness[kind.name][0] == best]
-    claims = {kind.name: kind.claim(file) for kind in likely}
-    chosen = max(likely, key=lambda kind: claims[kind.name].strength)
-    claim = claims[chosen.name]
-    if len(likely) > 1 and claim.strength <= NAMED:
-        logger.warning(
-            "%s: the files of %s have the same keys and shapes but different front-ends, and nothing beside the file "
-            "tells which it is; taken as %s by %s. To choose pass format=%s (%s)",
-            file.path, " and ".join(kind.title for kind in likely), chosen.title, claim.why,
-            " or format=".join(kind.name for kind in likely), option("format", chosen.name),
-        )  # fmt: skip
-    elif len(likely) > 1:
-        logger.info("%s: taken as %s (%s)", file.path, chosen.title, claim.why)
-    return chosen
-
-
-def _as_told(told: Format, file: File) -> Format:
-    """The format that the user names, unless the file's contents show it to be another one.
-
-    A native file says itself what it is; the user's word on what it was before is not needed then.
-    """
-    likeness = _likeness(file)
-    claims = {kind.name: kind.claim(file) for kind in BY_NAME.values() if likeness[kind.name][0] >= _ENOUGH}
-    if "native" in claims and told.name != "native":
-        logger.warning("%s: is a native checkpoint, which says itself what it is: format=%s not used", file.path, told.name)
-        return BY_NAME["native"]
-    own, _ = likeness[told.name]
-    sure = own >= _ENOUGH and claims[told.name].strength >= INSIDE
-    for name in sorted(claims, key=lambda name: (likeness[name][0], claims[name].strength), reverse=True):
-        if name != told.name and not sure and (likeness[name][0] > own or claims[name].strength >= INSIDE):
-            raise CheckpointMismatch(
-                f"{file.path}: got {_describe(file)}, expected {told.title} ({told.name}); the file looks like "
-                f"{BY_NAME[name].title}, pass {option('format', name)}"
-            )
-    if own < _ENOUGH:
-        raise CheckpointMismatch(
-            f"{file.path}: got {_describe(file)}, expected {told.title} ({told.name}); the file looks like none of the "
-            f"known formats ({', '.join(FORMATS)}){_nearest(likeness)}{_canonical_hint(file)}"
-        )
-    return told
-
-
-def _likeness(file: File) -> dict[str, tuple[float, str]]:
-    """For each format the share of its tensors that a file has, and the first that it lacks; strangers by name."""
-    group = next((name for name in file.tensors if ".group_tdnn_block." in name or ".mconv." in name), None)
-    if group is not None or any(name.startswith("encoder.feature_agg.") for name in file.tensors):
-        raise CheckpointMismatch(
-            f"{file.path}: is a NeMo speaker model (key {group or 'encoder.feature_agg'!r}). NeMo's ecapa_tdnn uses "
-            "group convolutions in place of Res2 and TitaNet is another network: neither can be loaded as ECAPA-TDNN. "
-            "Use a checkpoint of another project, for example the entry ecapa_tdnn (SpeechBrain)"
-        )
-    return {name: kind.likeness(file) for name, kind in BY_NAME.items()}
-
-
-def _describe(file: File) -> str:
-    if not file.tensors:
-        return f"no tensors (entries {', '.join(map(repr, sorted(file.entries)[:4])) or 'none'})"
-    return f"{len(file.tensors)} tensors, first {next(iter(file.tensors))!r}"
-
-
-def _nearest(likeness: Mapping[str, tuple[float, str]]) -> str:
-    name = max(likeness, key=lambda name: likeness[name][0])
-    share, lacking = likeness[name]
-    # A few names such as "conv1.weight" are in any file.
-    return f"; the nearest is {BY_NAME[name].title} ({share:.0%} of its names), first without {lacking!r}" * (share > 0.1)
-
-
-def _canonical_hint(file: File) -> str:
-    if any("block_1.conv.weight" in name for name in file.tensors):
-        return "; it has this package's own names but no configuration: save it with checkpoints.save_native"
-    return ""
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

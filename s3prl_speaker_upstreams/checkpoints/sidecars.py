@@ -18,7 +18,7 @@ import yaml
 
 from ..errors import CheckpointMismatch
 
-__all__ = ["Settings", "arguments", "expect", "layer_widths", "mentions", "read_json", "read_yaml"]
+__all__ = ["Settings", "arguments", "component", "expect", "layer_widths", "mentions", "read_json", "read_yaml"]
 
 logger = logging.getLogger(__name__)
 
@@ -176,9 +176,9 @@ def arguments(
     >>> arguments(Path("c.yaml"), "model", {"gropus": 2}, ours={}, fixed={"groups": 1})
     Traceback (most recent call last):
     ...
-    s3prl_speaker_upstreams.errors.CheckpointMismatch: c.yaml: model: got gropus=2, expected one of groups; an argument \
-that is not known may change the numbers. If it does not: to read the weights without their configuration, move them out \
-of the folder and pass what differs as options
+    s3prl_speaker_upstreams.errors.CheckpointMismatch: c.yaml: model: got gropus=2, expected one of groups; an \
+argument that is not known may change the numbers. If it does not: to read the weights without their configuration, \
+move them out of the folder and pass what differs as options
     """
     found: dict[str, Any] = {}
     for key, value in given.items() if isinstance(given, Mapping) else ():
@@ -199,6 +199,27 @@ of the folder and pass what differs as options
         elif value is not None:
             found[ours[key]] = value
     return found
+
+
+def component(path: Path, data: Mapping[str, Any], name: str, kind: str) -> dict[str, Any]:
+    """A component's arguments, if its tag names the class that is meant; {} where the file does not say what it is.
+
+    Raises CheckpointMismatch if it is of another class.
+
+    >>> component(Path("h.yaml"), {"model": {"!": "!new:speechbrain.Xvector"}}, "model", "ECAPA_TDNN")
+    Traceback (most recent call last):
+    ...
+    s3prl_speaker_upstreams.errors.CheckpointMismatch: h.yaml: got model !new:speechbrain.Xvector, expected \
+ECAPA_TDNN; the model wants what cannot be had here
+    """
+    value = data.get(name)
+    if not isinstance(value, dict) or "!" not in value:
+        return {}
+    if not value["!"].endswith(kind):
+        raise CheckpointMismatch(
+            f"{path}: got {name} {value['!']}, expected {kind}; the model wants what cannot be had here"
+        )
+    return value
 
 
 def layer_widths(path: Path, of: str, given: Any) -> dict[str, Any]:

@@ -20,9 +20,9 @@ __all__ = ["add_parsers"]
 
 logger = logging.getLogger(__name__)
 
-# As `checkpoints.FORMATS`, which would import torch; a test holds them equal.
-FORMATS = ("speechbrain", "3dspeaker", "wespeaker", "rdino", "sdpn", "sslsv", "taoruijie", "native")
+# As `checkpoints.ROLES` and `COPIES`, which would import torch; a test holds them equal.
 ROLES = ("teacher", "student", "supervised", "untrained")
+COPIES = ("ema", "raw")
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -89,8 +89,18 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _reading_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--format", choices=FORMATS, help="what the file is, where it cannot tell (default: detected)")
-    verb.add_argument("--role", choices=ROLES, help="which network of a self-supervised file (default: the teacher)")
+    verb.add_argument(
+        "--format",
+        help="what the file is, where it cannot tell, such as speechbrain or 3dspeaker (default: detected)",
+    )
+    verb.add_argument(
+        "--role", choices=ROLES, help="which network of a self-supervised file (default: the one that its project uses)"
+    )
+    verb.add_argument(
+        "--copy",
+        choices=COPIES,
+        help="of a file that holds trained weights and an average of them: which (default: ema, the average)",
+    )
     verb.add_argument(
         "--frontend",
         help="features to feed it, a dialect's name; for RDINO and SDPN files 'rdino' (its authors') or 'modelscope'",
@@ -188,8 +198,9 @@ def _info_file(path: Path, args: argparse.Namespace) -> int:
 
     try:
         checkpoint = read_checkpoint(
-            path, format=args.format, role=args.role, frontend=args.frontend, allow_pickle=args.allow_pickle
-        )
+            path, format=args.format, role=args.role, copy=args.copy, frontend=args.frontend,
+            allow_pickle=args.allow_pickle,
+        )  # fmt: skip
     except SpeakerUpstreamError as error:
         return _fail(error)
     weights = sum(t.numel() for t in checkpoint.state.values() if t.is_floating_point())
@@ -250,13 +261,13 @@ def _convert(args: argparse.Namespace) -> int:
             args.format, args.frontend = args.format or entry.format, args.frontend or entry.frontend
             keep = ("name", "title", "url", "revision", "licence", "training_data", "eer", "citation")
             provenance = {key: getattr(entry, key) for key in keep if getattr(entry, key) not in (None, "")}
-        from ..checkpoints import read_checkpoint, save_native
-        from ..checkpoints.readers import find_file
+        from ..checkpoints import find_file, read_checkpoint, save_native
         from .downloader import sha256_of
 
         checkpoint = read_checkpoint(
-            path, format=args.format, role=args.role, frontend=args.frontend, allow_pickle=args.allow_pickle
-        )
+            path, format=args.format, role=args.role, copy=args.copy, frontend=args.frontend,
+            allow_pickle=args.allow_pickle,
+        )  # fmt: skip
         provenance["converted_from_sha256"] = sha256_of(find_file(path, format=args.format, role=args.role))
         target = save_native(checkpoint, args.target, provenance, fp16=args.fp16)
     except SpeakerUpstreamError as error:

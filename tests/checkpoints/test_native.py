@@ -156,7 +156,10 @@ def test_wrong_uses(tiny, tmp_path):
     path = save_native(checkpoint, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointMismatch, match="of the supervised, expected the teacher"):
         read_checkpoint(path, role="teacher")
-    with pytest.raises(CheckpointMismatch, match="got another program's file, expected a native checkpoint"):
+    with pytest.raises(
+        CheckpointMismatch,
+        match=r"expected this package's own \(native\); the file looks like SpeechBrain, pass --format",
+    ):
         read_checkpoint(tiny("speechbrain")[0], format="native")
     save_native(checkpoint, tmp_path / "y.safetensors")
     with pytest.raises(CheckpointUnreadable, match=r"2 safetensors files \(x\.safetensors, y\.safetensors\)"):

@@ -55,7 +55,7 @@ def no_network(monkeypatch):
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_an_entry_is_complete(name):
-    from s3prl_speaker_upstreams.weights.cli import FORMATS
+    from s3prl_speaker_upstreams.checkpoints import FORMATS
 
     entry = REGISTRY[name]
     assert entry.name == name and re.fullmatch(r"[a-z0-9_]+", name)

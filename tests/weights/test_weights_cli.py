@@ -31,13 +31,13 @@ def command():
 @pytest.fixture
 def checkpoint(tmp_path):
     """A tiny checkpoint with a WeSpeaker file's keys."""
-    from s3prl_speaker_upstreams.checkpoints.layouts import LAYOUTS
-    from s3prl_speaker_upstreams.checkpoints.readers import expected_shapes
+    from s3prl_speaker_upstreams.checkpoints import expected_shapes
+    from s3prl_speaker_upstreams.checkpoints.formats import BY_NAME
     from s3prl_speaker_upstreams.ecapa import DIALECTS
 
     widths = {"channels": 16, "mfa_channels": 24, "embedding_dim": 10, "se_channels": 6, "attention_channels": 5}
     shapes = expected_shapes(DIALECTS["wespeaker"].ecapa_config(**widths))
-    names = {ours: theirs for ours, theirs, _ in LAYOUTS["wespeaker"].tensors(7)}
+    names = BY_NAME["wespeaker"].names(7)
     path = tmp_path / "avg_model.pt"
     state = {names[name]: torch.rand(shape) + 0.5 for name, shape in shapes.items()}
     torch.save(
@@ -46,8 +46,8 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_formats_are_those_of_the_readers():
-    assert verbs.FORMATS == checkpoints.FORMATS and verbs.ROLES == checkpoints.ROLES
+def test_choices_are_those_of_the_readers():
+    assert verbs.COPIES == checkpoints.COPIES and verbs.ROLES == checkpoints.ROLES
 
 
 def test_list(command, capsys, tmp_path):

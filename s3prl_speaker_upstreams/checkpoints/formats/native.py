@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from ... import __version__
+from ...common.files import write_whole
 from ...ecapa import SpeakerEncoder
 from ...ecapa.config import EcapaConfig, FrontendConfig
 from ...errors import CheckpointMismatch, CheckpointUnreadable, ConfigError, MissingPackage
 from ..checkpoint import ROLES, Checkpoint, expected_shapes
 from ..files import File
-from ..format import NOTHING, SPECIFIC, Claim, Format
-from ..networks import Network
+from ..format import Format
 
 __all__ = ["FILE_NAME", "FORMATS", "FORMAT_VERSION", "Native", "save_native"]
 
@@ -118,23 +118,14 @@ def _given_buffers(frontend: Any) -> dict[str, torch.Tensor]:
 class Native(Format):
     """Files that :func:`save_native` wrote.
 
-    >>> Native().claim(File(Path("x.safetensors"), {}, {"format": FORMAT_NAME})).strength == SPECIFIC
-    True
+    >>> Native().find(Path("/nowhere"))
+    []
     """
 
     name = "native"
     title = "this package's own"
     dialects = ("native",)
-
-    def claim(self, file: File) -> Claim:
-        ours = (file.metadata or {}).get("format") == FORMAT_NAME
-        return Claim(SPECIFIC, "its metadata") if ours else Claim(NOTHING)
-
-    def networks(self, file: File) -> list[Network]:
-        return []
-
-    def likeness(self, file: File) -> tuple[float, str]:
-        return (1.0, "") if self.claim(file).strength else (0.0, "")
+    metadata_format = FORMAT_NAME
 
     def find(self, folder: Path, role: str | None = None) -> list[Path]:
         found = sorted(folder.glob("*.safetensors"))
@@ -148,16 +139,12 @@ class Native(Format):
 
         Raises CheckpointUnreadable if its description is damaged or of a later version.
 
-        >>> Native().read(File(Path("x.safetensors"), {}, {"format": FORMAT_NAME}))
+        >>> Native().read(File(Path("x.safetensors"), {}, metadata={"format": FORMAT_NAME}))
         Traceback (most recent call last):
         ...
         s3prl_speaker_upstreams.errors.CheckpointUnreadable: x.safetensors: the description in its metadata is damaged \
 (KeyError: 'config'); convert the original checkpoint again
         """
-        if not self.claim(file).strength:
-            raise CheckpointMismatch(
-                f"{file.path}: got another program's file, expected a native checkpoint (.safetensors, of `convert`)"
-            )
         try:
             description = json.loads((file.metadata or {})["config"])
             version = description["format_version"]
@@ -183,10 +170,10 @@ class Native(Format):
                     f"{file.path}: got a native checkpoint of the {there}, expected the {wanted}; "
                     f"convert the original again with --{what} {wanted}"
                 )
-        buffers = {name: file.data[f"frontend.{name}"] for name in _BUFFERS if f"frontend.{name}" in file.data}
+        buffers = {name: file.tensors[f"frontend.{name}"] for name in _BUFFERS if f"frontend.{name}" in file.tensors}
         state = {
             name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in file.data.items()
+            for name, tensor in file.tensors.items()
             if name.removeprefix("frontend.") not in buffers
         }
         return Checkpoint(ecapa, frontend, state, "native", saved, provenance, buffers)

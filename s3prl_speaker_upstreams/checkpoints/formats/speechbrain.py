@@ -10,10 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...errors import CheckpointMismatch
-from ..files import File
-from ..format import COMMON, STATED, Claim, Format
-from ..sidecars import Settings, arguments, expect, layer_widths, mentions, read_yaml
+from ..format import Format
+from ..sidecars import Settings, arguments, component, expect, layer_widths, mentions, read_yaml
 
 __all__ = ["FORMATS", "MODULES", "SpeechBrain"]
 
@@ -77,8 +75,8 @@ _RELU = ("ReLU", "torch.nn.ReLU", "torch.nn.modules.activation.ReLU")
 class SpeechBrain(Format):
     """SpeechBrain's ECAPA-TDNN.
 
-    >>> SpeechBrain().claim(File(Path("/nowhere/embedding_model.ckpt"), {})).why
-    'the commonest of them'
+    >>> SpeechBrain().settings(Path("/nowhere/embedding_model.ckpt")).ecapa
+    {}
     """
 
     name = "speechbrain"
@@ -91,33 +89,31 @@ class SpeechBrain(Format):
         "save/CKPT+*/embedding_model.ckpt",
         "save/embedding_model.ckpt",
     )
-
-    def claim(self, file: File) -> Claim:
-        folder = file.path.parent
-        configuration = _hyperparams(file.path)
-        if configuration is not None and mentions(configuration, "speechbrain."):
-            return Claim(STATED, f"{configuration} is SpeechBrain's")
-        for name in ("mean_var_norm_emb.ckpt", "label_encoder.txt", "label_encoder.ckpt", "normalizer.ckpt"):
-            if (folder / name).is_file():
-                return Claim(STATED, f"{name} beside it is SpeechBrain's")
-        if folder.name.startswith("CKPT+"):
-            return Claim(STATED, f"the folder {folder.name} is of a SpeechBrain training")
-        return Claim(COMMON, "the commonest of them")
+    configuration = "hyperparams.yaml"
+    levels = {r"CKPT\+.*": 2, "save": 1}
+    told_by = (
+        ("hyperparams.yaml", r"speechbrain\."),
+        ("mean_var_norm_emb.ckpt", ""),
+        ("label_encoder.txt", ""),
+        ("label_encoder.ckpt", ""),
+        ("normalizer.ckpt", ""),
+    )
+    told_by_folder = r"CKPT\+"
+    common = True
 
     def find(self, folder: Path, role: str | None = None) -> list[Path]:
         found = super().find(folder, role)
         # A training saves in the middle of epochs, too: what ended one comes before that.
-        ended = [path for path in found if not mentions(path.parent / "CKPT.yaml", "end-of-epoch: false")]
-        return [*ended, *(path for path in found if path not in ended)]
+        return sorted(found, key=lambda path: mentions(path.parent / "CKPT.yaml", "end-of-epoch: false"))
 
     def settings(self, path: Path) -> Settings:
-        source = _hyperparams(path)
+        source = self.beside(path, self.configuration)
         data = read_yaml(source) if source is not None else {}
         if source is None or not data:
             return Settings()
         rate = data.get("sample_rate", 16000)
         expect(source, "sample_rate", rate, 16000, "the model was trained on recordings of another rate")
-        model = _component(data.get("embedding_model"), "ECAPA_TDNN.ECAPA_TDNN", "embedding_model", source)
+        model = component(source, data, "embedding_model", "ECAPA_TDNN.ECAPA_TDNN")
         ecapa = {
             **arguments(source, "embedding_model", model, **_MODEL),
             **layer_widths(source, "embedding_model", model),
@@ -126,38 +122,17 @@ class SpeechBrain(Format):
         name = activation.get("!", "") if isinstance(activation, dict) else activation
         if name is not None and str(name).split(":")[-1] not in _RELU:
             expect(source, "embedding_model.activation", str(name).split(":")[-1], "torch.nn.ReLU")
-        features = _component(data.get("compute_features"), "features.Fbank", "compute_features", source)
+        features = component(source, data, "compute_features", "features.Fbank")
         frontend = arguments(source, "compute_features", features, **_FEATURES)
         if features and "n_mels" in ecapa:  # 40 is what Fbank makes where it is not told
             expect(source, "compute_features.n_mels", frontend.get("n_mels", 40), ecapa["n_mels"], "they do not fit")
         frontend.pop("n_mels", None)
-        normalise = _component(data.get("mean_var_norm"), "InputNormalization", "mean_var_norm", source)
+        normalise = component(source, data, "mean_var_norm", "InputNormalization")
         if normalise:
             # Where it says nothing, InputNormalization's own values hold, which are not this model's.
             normalise = {"norm_type": "global", "std_norm": True, **normalise}
         arguments(source, "mean_var_norm", normalise, **_NORMALISATION)
         return Settings(ecapa, frontend, str(source))
-
-
-def _hyperparams(path: Path) -> Path | None:
-    """``hyperparams.yaml`` of a weights file: beside it, or at the top of its training's folder."""
-    folders = [path.parent]
-    if path.parent.name.startswith("CKPT+"):
-        folders += [path.parent.parent, path.parent.parent.parent]
-    elif path.parent.name == "save":
-        folders += [path.parent.parent]
-    return next((folder / "hyperparams.yaml" for folder in folders if (folder / "hyperparams.yaml").is_file()), None)
-
-
-def _component(value: Any, kind: str, name: str, source: Path) -> dict[str, Any]:
-    """A component's arguments, if its tag names the class that is meant; {} where the file does not say what it is."""
-    if not isinstance(value, dict) or "!" not in value:
-        return {}
-    if not value["!"].endswith(kind):
-        raise CheckpointMismatch(
-            f"{source}: got {name} {value['!']}, expected speechbrain's {kind}; the model wants what cannot be had here"
-        )
-    return value
 
 
 FORMATS = (SpeechBrain(),)

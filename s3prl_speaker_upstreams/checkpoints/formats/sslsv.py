@@ -1,13 +1,14 @@
 """sslsv: DINO, MoCo, SimCLR, ... and supervised models, ``config.yml``, and the folder of a training.
 
-A training writes ``models/.../NAME/config.yml`` and, below it, ``checkpoints/model_latest.pt``, ``model_epoch-N.pt`` and
-the average ``model_avg.pt``. The files carry window and mel filters of their front-end. BatchNorm is not wrapped in a
-module of its own; everything else has SpeechBrain's names.
+A training writes ``models/.../NAME/config.yml`` and, below it, ``checkpoints/model_latest.pt``, ``model_epoch-N.pt``
+and the average ``model_avg.pt``. The files carry window and mel filters of their front-end. BatchNorm is not wrapped in
+a module of its own; everything else has SpeechBrain's names.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..files import File
 from ..format import Format
@@ -47,6 +48,8 @@ class Sslsv(Format):
         "checkpoints/model_epoch-*.pt",
         "model_epoch-*.pt",
     )
+    configuration = "config.yml"
+    levels = {"checkpoints": 1}
 
     def default_role(self, networks: list[Network], file: File) -> str:
         # DINO is the method with a momentum head; sslsv embeds with DINO's momentum encoder, with MoCo's, BYOL's and
@@ -56,8 +59,7 @@ class Sslsv(Format):
         return "student" if any(network.role == "student" for network in networks) else networks[0].role
 
     def settings(self, path: Path) -> Settings:
-        folders = (path.parent, path.parent.parent) if path.parent.name == "checkpoints" else (path.parent,)
-        source = next((folder / "config.yml" for folder in folders if (folder / "config.yml").is_file()), None)
+        source = self.beside(path, self.configuration)
         encoder = read_yaml(source).get("encoder") if source is not None else None
         if source is None or not isinstance(encoder, dict):
             return Settings()
@@ -79,8 +81,13 @@ class Sslsv(Format):
             fixed={"pooling": True, "extract_mel_features": True, "mel_hop_length": 160, "mel_sample_rate": 16000},
             ignored=("type", "channels", "kernel_sizes", "dilations", "groups"),
         )  # fmt: skip
-        frontend = {key: told.pop(key) for key in ("n_fft", "window", "win_length") if key in told}
-        return Settings({**told, **layer_widths(source, "encoder", encoder)}, frontend, str(source))
+        features = ("n_fft", "window", "win_length")
+        frontend: dict[str, Any] = {key: told[key] for key in features if key in told}
+        return Settings(
+            {**{key: told[key] for key in told if key not in features}, **layer_widths(source, "encoder", encoder)},
+            frontend,
+            str(source),
+        )
 
 
 FORMATS = (Sslsv(),)

@@ -7,19 +7,17 @@ one keeps ``CKPT-EPOCH-N-00/embedding_model.ckpt`` with ``epoch_counter.ckpt`` b
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointMismatch
-from ..files import File
-from ..format import INSIDE, NAMED, SPECIFIC, STATED, Claim, Format
-from ..networks import Network
-from ..sidecars import Settings, arguments, expect, layer_widths, mentions, read_json, read_yaml
+from ..format import Format
+from ..sidecars import Settings, arguments, expect, layer_widths, read_json, read_yaml
 from .speechbrain import MODULES
 
 __all__ = ["FORMATS", "Rdino", "Sdpn", "Supervised"]
 
+# Arguments of speakerlab's ECAPA_TDNN classes; RDINO's takes the logarithm and normalises itself.
 _MODEL: dict[str, Any] = {
     "ours": {
         "input_size": "n_mels",
@@ -29,57 +27,36 @@ _MODEL: dict[str, Any] = {
         "res2net_scale": "res2_scale",
         "global_context": "attention_context",
     },
+    "fixed": {"log_input": True, "activation": "torch.nn.ReLU"},
     "ignored": ("channels", "kernel_sizes", "dilations", "groups", "device", "n_mels"),
 }
 
 
-def _configuration(path: Path) -> Path | None:
-    """``config.yaml`` of a weights file: beside it, or at the top of its training's folder."""
-    folders = [path.parent]
-    if path.parent.name.startswith("CKPT-"):
-        folders += [path.parent.parent, path.parent.parent.parent]
-    elif path.parent.name == "models":
-        folders += [path.parent.parent]
-    return next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
-
-
 class _ThreeDSpeaker(Format):
-    """What the three have in common: key map, published configuration."""
+    """What the three have in common: key map, the shape of the configuration."""
 
     modules = MODULES
-    component: str  # of the training's config.yaml
-    kind: str
-
-    def stated(self, file: File) -> str:
-        """What the neighbours say it is: the sentence, "" for nothing."""
-        configuration = _configuration(file.path)
-        if configuration is not None and mentions(configuration, "speakerlab."):
-            kind = next((k for k in ("sdpn", "rdino") if mentions(configuration, f"speakerlab.models.{k}")), "ecapa_tdnn")
-            return f"{configuration} is of 3D-Speaker" if kind == self.kind else ""
-        published = file.path.parent / "configuration.json"
-        data = read_json(published)
-        if "framework" in data and "task" in data:
-            told = str(data.get("model", "")) + file.path.name
-            kind = next((k for k in ("sdpn", "rdino") if k in told), "ecapa_tdnn")
-            return f"{published} is ModelScope's" if kind == self.kind else ""
-        return ""
+    configuration = "config.yaml"
+    levels = {r"CKPT-.*": 2, "models": 1}
+    component: str  # of the configuration, the network that is used
 
     def settings(self, path: Path) -> Settings:
-        published = read_json(path.parent / "configuration.json").get("model")
-        told = published.get("model_config") if isinstance(published, dict) else None
+        published = path.parent / "configuration.json"
+        model = read_json(published).get("model")
+        told = model.get("model_config") if isinstance(model, dict) else None
         if isinstance(told, dict):
-            expect(path.parent / "configuration.json", "sample_rate", told.get("sample_rate", 16000), 16000)
-        source = _configuration(path)
+            expect(published, "sample_rate", told.get("sample_rate", 16000), 16000)
+        source = self.beside(path, self.configuration)
         data = read_yaml(source) if source is not None else {}
         model = data.get(self.component)
         if source is None or not isinstance(model, dict) or "obj" not in model:
             return Settings()
+        expect(source, "sample_rate", data.get("sample_rate", 16000), 16000)
         if not str(model["obj"]).endswith("ECAPA_TDNN"):
             raise CheckpointMismatch(f"{source}: got {self.component} {model['obj']}, expected an ECAPA_TDNN")
         given = model.get("args")
-        fixed = {"log_input": True, "activation": "torch.nn.ReLU"}
         ecapa = {
-            **arguments(source, self.component, given, fixed=fixed, **_MODEL),
+            **arguments(source, self.component, given, **_MODEL),
             **layer_widths(source, self.component, given),
         }
         return Settings(ecapa, self.features(data, source), str(source))
@@ -92,14 +69,14 @@ class _ThreeDSpeaker(Format):
 class Supervised(_ThreeDSpeaker):
     """3D-Speaker's supervised ECAPA-TDNN.
 
-    >>> Supervised().claim(File(Path("/nowhere/ecapa_tdnn.bin"), {})).strength == NAMED
-    True
+    >>> Supervised().told_by_folder
+    'CKPT-EPOCH-'
     """
 
     name = "3dspeaker"
     title = "3D-Speaker supervised"
     dialects = ("3dspeaker",)
-    component, kind = "embedding_model", "ecapa_tdnn"
+    component = "embedding_model"
     folder_files = (
         "ecapa_tdnn.bin",
         "ecapa-tdnn.ckpt",
@@ -107,19 +84,14 @@ class Supervised(_ThreeDSpeaker):
         "CKPT-*/embedding_model.ckpt",
         "models/CKPT-*/embedding_model.ckpt",
     )
-
-    def claim(self, file: File) -> Claim:
-        told = self.stated(file)
-        if told:
-            return Claim(STATED, told)
-        folder = file.path.parent
-        if folder.name.startswith("CKPT-EPOCH-"):
-            return Claim(STATED, f"the folder {folder.name} is of a 3D-Speaker training")
-        if (folder / "epoch_counter.ckpt").is_file():
-            return Claim(STATED, "epoch_counter.ckpt beside it is 3D-Speaker's")
-        if file.path.name in ("ecapa_tdnn.bin", "ecapa-tdnn.ckpt"):
-            return Claim(NAMED, f"its name {file.path.name}")
-        return Claim()
+    told_by = (
+        ("config.yaml", r"speakerlab\.models\.ecapa_tdnn"),
+        ("epoch_counter.ckpt", ""),
+        # ModelScope's, of any of the three
+        ("configuration.json", r'^(?!.*(?:rdino|sdpn))(?=.*"framework").*"task"'),
+    )
+    told_by_folder = "CKPT-EPOCH-"
+    told_by_name = r"^ecapa_tdnn\.bin$|^ecapa-tdnn\.ckpt$"
 
     def features(self, data: dict[str, Any], source: Path) -> dict[str, Any]:
         extractor = data.get("feature_extractor")
@@ -137,7 +109,7 @@ class Supervised(_ThreeDSpeaker):
 
 
 class Rdino(_ThreeDSpeaker):
-    """RDINO: student and teacher, each a backbone and a head.
+    """RDINO: student and teacher, each a backbone and a head. A backbone by itself was taken out of the teacher.
 
     >>> Rdino().dialects
     ('rdino', 'modelscope')
@@ -146,10 +118,9 @@ class Rdino(_ThreeDSpeaker):
     name = "rdino"
     title = "RDINO (3D-Speaker)"
     dialects = ("rdino", "modelscope")
-    pairs = True
-    component, kind = "teacher_ecapa", "rdino"
-    own_entries = frozenset({"dino_loss"})
-    folder_files = (
+    pairs, alone = True, "teacher"
+    component = "teacher_ecapa"
+    folder_files: tuple[str, ...] = (
         "pretrained_rdino.pth",
         "rdino.pth",
         "checkpoint.pth",
@@ -157,38 +128,14 @@ class Rdino(_ThreeDSpeaker):
         "checkpoint[0-9]*.pth",
         "models/checkpoint[0-9]*.pth",
     )
-
-    def networks(self, file: File) -> list[Network]:
-        networks = super().networks(file)
-        # A backbone by itself was taken out of the teacher, which is the network that is used.
-        return [dataclasses.replace(n, role="teacher") if n.role == "supervised" else n for n in networks]
-
-    def claim(self, file: File) -> Claim:
-        networks = self.networks(file)
-        wrapped = [network for network in networks if network.where.endswith("backbone.")]
-        heads = [network for network in wrapped if any(name.startswith("head.") for name in _beside(file, network))]
-        if heads or wrapped and {"teacher", "student"} & file.entries:
-            return Claim(SPECIFIC if self.own_entries & file.entries else INSIDE, "its backbones with heads")
-        told = self.stated(file)
-        if told:
-            return Claim(STATED, told)
-        if self.kind in file.path.name.lower():
-            return Claim(NAMED, f"its name {file.path.name}")
-        if self.kind != "rdino":
-            return Claim()
-        if wrapped:
-            return Claim(NAMED, "its tensors' beginning, backbone.")
-        # No recipe of SpeechBrain's or of 3D-Speaker's supervised models embeds in that many numbers.
-        if any(network.state["fc.conv.weight"].shape[0] == 512 for network in networks if "fc.conv.weight" in network.state):
-            return Claim(NAMED, "the width of its embedding, 512")
-        return Claim()
-
-
-def _beside(file: File, network: Network) -> list[str]:
-    """Names of what stands beside a network's backbone."""
-    above = network.where.removesuffix("backbone.")
-    plain = (path.replace("module.", "").replace("_orig_mod.", "") for path in file.tensors)
-    return [path.removeprefix(above) for path in plain if path.startswith(above)]
+    within = "backbone."
+    own_entries = frozenset({"dino_loss"})
+    told_by: tuple[tuple[str, str], ...] = (
+        ("config.yaml", r"speakerlab\.models\.rdino\.(?:RDINO_Head|combiner)"),
+        ("configuration.json", "rdino"),
+    )
+    told_by_name = "(?i)rdino"
+    told_by_width = 512  # 192 or 256 in every recipe of SpeechBrain's and of 3D-Speaker's supervised models
 
 
 class Sdpn(Rdino):
@@ -200,9 +147,11 @@ class Sdpn(Rdino):
 
     name = "sdpn"
     title = "SDPN (3D-Speaker)"
-    kind = "sdpn"
+    folder_files = ("sdpn.pth", *Rdino.folder_files[2:])
     own_entries = frozenset({"prototypes", "sdpn_loss", "keleo_loss"})
-    folder_files = ("sdpn.pth", *(p for p in Rdino.folder_files if p.startswith(("checkpoint", "models"))))
+    told_by = (("config.yaml", r"speakerlab\.models\.sdpn"), ("configuration.json", "sdpn"))
+    told_by_name = "(?i)sdpn"
+    told_by_width = 0
 
 
 FORMATS = (Supervised(), Rdino(), Sdpn())

@@ -7,7 +7,6 @@ A training writes ``exp/NAME/config.yaml`` and, below ``exp/NAME/models``, ``mod
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ class WeSpeaker(Format):
     title = "WeSpeaker"
     dialects = ("wespeaker",)
     pairs = True
+    teacher_head = "projection_head."  # that of a classifier is "projection"
     modules = {
         "block_1.conv": "layer1.conv",
         "block_1.norm": "layer1.bn",
@@ -61,13 +61,8 @@ class WeSpeaker(Format):
         "model_[0-9]*.pt",
         "models/model_[0-9]*.pt",
     )
-
-    def networks(self, file: File) -> list[Network]:
-        networks = super().networks(file)
-        # The average of a DINO training is its teacher, head and all; that of a classifier has "projection".
-        if len(networks) == 1 and any(name.startswith("projection_head.") for name in networks[0].state):
-            return [dataclasses.replace(networks[0], role="teacher")]
-        return networks
+    configuration = "config.yaml"
+    levels = {"models": 1}
 
     def default_role(self, networks: list[Network], file: File) -> str:
         # DINO is used by its teacher, MoCo by its query encoder, which is the trained one.
@@ -78,16 +73,14 @@ class WeSpeaker(Format):
     def find(self, folder: Path, role: str | None = None) -> list[Path]:
         found = super().find(folder, role)
         if role == "student":  # which an average does not hold
-            epochs = [path for path in found if path.name.startswith("model_")]
-            return [*epochs, *(path for path in found if path not in epochs)]
+            found.sort(key=lambda path: not path.name.startswith("model_"))
         return found
 
     def _where_else(self, role: str) -> str:
         return " (WeSpeaker's models/model_N.pt hold both)" if role == "student" else ""
 
     def settings(self, path: Path) -> Settings:
-        folders = (path.parent, path.parent.parent) if path.parent.name == "models" else (path.parent,)
-        source = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
+        source = self.beside(path, self.configuration)
         data = read_yaml(source) if source is not None else {}
         if source is None or not data:
             return Settings()

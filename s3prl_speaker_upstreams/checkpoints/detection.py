@@ -1,0 +1,140 @@
+"""Which project's format an opened file has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from ..errors import CheckpointMismatch
+from .files import File, option
+from .format import INSIDE, NAMED, Format
+from .formats import BY_NAME
+
+__all__ = ["FORMATS", "as_told", "detect"]
+
+logger = logging.getLogger(__name__)
+
+FORMATS = tuple(BY_NAME)
+
+# A file is taken for a format from this share of its tensors on.
+_ENOUGH = 0.5
+
+
+def detect(file: File) -> Format:
+    """The format of an opened file.
+
+    Where only the user can know (SpeechBrain or 3D-Speaker supervised) this gives SpeechBrain and logs a warning.
+
+    Raises CheckpointMismatch if it is no format that is known, naming the nearest and the first difference from it.
+
+    >>> import torch
+    >>> from pathlib import Path
+    >>> detect(File.of(Path("x.pt"), {"layer.weight": torch.zeros(2)}))
+    Traceback (most recent call last):
+    ...
+    s3prl_speaker_upstreams.errors.CheckpointMismatch: x.pt: got 1 tensors, first 'layer.weight', expected an \
+ECAPA-TDNN in one of the formats native, speechbrain, sslsv, taoruijie, 3dspeaker, rdino, sdpn, wespeaker
+    """
+    said = _said(file)
+    if said is not None:
+        return said
+    likeness = _likeness(file)
+    best = max(share for share, _ in likeness.values())
+    if best < _ENOUGH:
+        raise CheckpointMismatch(
+            f"{file.path}: got {_describe(file)}, expected an ECAPA-TDNN in one of the formats {', '.join(FORMATS)}"
+            + _nearest(likeness)
+            + _canonical_hint(file)
+        )
+    likely = [kind for kind in BY_NAME.values() if likeness[kind.name][0] == best]
+    claims = {kind.name: kind.claim(file) for kind in likely}
+    chosen = max(likely, key=lambda kind: claims[kind.name].strength)
+    claim = claims[chosen.name]
+    if len(likely) > 1 and claim.strength <= NAMED:
+        logger.warning(
+            "%s: the files of %s have the same keys and shapes but different front-ends, and nothing beside the file "
+            "tells which it is; taken as %s by %s. To choose pass format=%s (%s)",
+            file.path, " and ".join(kind.title for kind in likely), chosen.title, claim.why,
+            " or format=".join(kind.name for kind in likely), option("format", chosen.name),
+        )  # fmt: skip
+    elif len(likely) > 1:
+        logger.info("%s: taken as %s (%s)", file.path, chosen.title, claim.why)
+    return chosen
+
+
+def as_told(told: Format, file: File) -> Format:
+    """The format that the user names, where the file can be of it.
+
+    A native file says itself what it is; the user's word on what it was before is not needed then.
+
+    Raises CheckpointMismatch if the file's contents show it to be of another format, or of none.
+
+    >>> import torch
+    >>> from pathlib import Path
+    >>> as_told(BY_NAME["sslsv"], File.of(Path("x.pt"), {"layer.weight": torch.zeros(2)}))
+    Traceback (most recent call last):
+    ...
+    s3prl_speaker_upstreams.errors.CheckpointMismatch: x.pt: got 1 tensors, first 'layer.weight', expected sslsv \
+(sslsv); the file looks like none of the known formats (native, speechbrain, sslsv, taoruijie, 3dspeaker, rdino, \
+sdpn, wespeaker)
+    """
+    likeness = _likeness(file)
+    claims = {kind.name: kind.claim(file) for kind in BY_NAME.values() if likeness[kind.name][0] >= _ENOUGH}
+    if "native" in claims and told.name != "native":
+        logger.warning(
+            "%s: is a native checkpoint, which says itself what it is: format=%s not used", file.path, told.name
+        )
+        return BY_NAME["native"]
+    own, _ = likeness[told.name]
+    sure = own >= _ENOUGH and claims[told.name].strength >= INSIDE
+    for name in sorted(claims, key=lambda name: (likeness[name][0], claims[name].strength), reverse=True):
+        if name != told.name and not sure and (likeness[name][0] > own or claims[name].strength >= INSIDE):
+            raise CheckpointMismatch(
+                f"{file.path}: got {_describe(file)}, expected {told.title} ({told.name}); the file looks like "
+                f"{BY_NAME[name].title}, pass {option('format', name)}"
+            )
+    if own < _ENOUGH:
+        raise CheckpointMismatch(
+            f"{file.path}: got {_describe(file)}, expected {told.title} ({told.name}); the file looks like none of the "
+            f"known formats ({', '.join(FORMATS)}){_nearest(likeness)}{_canonical_hint(file)}"
+        )
+    return told
+
+
+def _said(file: File) -> Format | None:
+    """The format that a file states in its metadata."""
+    stated = (file.metadata or {}).get("format")
+    return next((kind for kind in BY_NAME.values() if kind.metadata_format and kind.metadata_format == stated), None)
+
+
+def _likeness(file: File) -> dict[str, tuple[float, str]]:
+    """For each format the share of its tensors that a file has, and the first that it lacks; strangers by name."""
+    group = next((name for name in file.tensors if ".group_tdnn_block." in name or ".mconv." in name), None)
+    if group is not None or any(name.startswith("encoder.feature_agg.") for name in file.tensors):
+        raise CheckpointMismatch(
+            f"{file.path}: is a NeMo speaker model (key {group or 'encoder.feature_agg'!r}). NeMo's ecapa_tdnn uses "
+            "group convolutions in place of Res2 and TitaNet is another network: neither can be loaded as ECAPA-TDNN. "
+            "Use a checkpoint of another project, for example the entry ecapa_tdnn (SpeechBrain)"
+        )
+    return {name: kind.likeness(file) for name, kind in BY_NAME.items()}
+
+
+def _describe(file: File) -> str:
+    if not file.tensors:
+        return f"no tensors (entries {', '.join(map(repr, sorted(file.entries)[:4])) or 'none'})"
+    return f"{len(file.tensors)} tensors, first {next(iter(file.tensors))!r}"
+
+
+def _nearest(likeness: Mapping[str, tuple[float, str]]) -> str:
+    name = max(likeness, key=lambda name: likeness[name][0])
+    share, lacking = likeness[name]
+    # A few names such as "conv1.weight" are in any file.
+    return f"; the nearest is {BY_NAME[name].title} ({share:.0%} of its names), first without {lacking!r}" * (
+        share > 0.1
+    )
+
+
+def _canonical_hint(file: File) -> str:
+    if any("block_1.conv.weight" in name for name in file.tensors):
+        return "; it has this package's own names but no configuration: save it with checkpoints.save_native"
+    return ""
