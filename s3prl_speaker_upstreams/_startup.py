@@ -52,16 +52,27 @@ def _before_s3prl():
             raise
 
 
+def _begins_s3prl(name):
+    """True if the import of ``name`` is s3prl's first, or what s3prl's script imports before it."""
+    if name == "s3prl":
+        return True
+    script = (getattr(sys, "argv", None) or [""])[0]
+    return name == "torchaudio" and os.path.basename(script) == "run_downstream.py"
+
+
 class S3prlFinder:
     """First entry of ``sys.meta_path``: finds nothing, but is asked when s3prl is about to be imported."""
 
     _asked = False
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname == "s3prl" and not self._asked:
-            self._asked = True
-            _before_s3prl()
-        return None
+        if self._asked or not _begins_s3prl(fullname):
+            return None
+        self._asked = True
+        _before_s3prl()
+        # finders that were put in front of this one meanwhile are not asked about this import any more
+        hooks = sys.modules.get(_PACKAGE + ".compat._hooks")
+        return None if hooks is None else hooks.FINDER.find_spec(fullname, path, target)
 
 
 def active():

@@ -5,25 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import yaml
 from s3prl.upstream.interfaces import UpstreamBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from s3prl_speaker_upstreams.checkpoints import build_encoder, read_checkpoint
+from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE
 from s3prl_speaker_upstreams.ecapa import Ragged
 from s3prl_speaker_upstreams.errors import BadWaveform, ConfigError
 
-__all__ = ["Features", "UpstreamExpert", "check_wavs"]
+__all__ = ["Outputs", "UpstreamExpert", "check_wavs", "read_options", "tie"]
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_RATE = 16000
 BLOCKS = ("block_1", "block_2", "block_3", "block_4")
 KEYS = ("hidden_states", "last_hidden_state", *BLOCKS, "mfa", "embedding", "fbank")
+NUMBERED = tuple(f"hidden_state_{i}" for i in range(len(BLOCKS)))  # s3prl's names, counted from 0
 
 
 def check_wavs(wavs: Sequence[Tensor]) -> None:
@@ -73,37 +75,54 @@ divide 16-bit samples by 32768
         )
 
 
-class Features(dict):
-    """What the upstream returns: ``hidden_states`` at once, the other keys computed when first asked for.
+class Outputs(dict):
+    """What an upstream returns: some values at once, others computed when first asked for.
+
+    computed : values by key;  keys : all keys, in order;  compute : gives the value of any other key
+    aliases : further names of values, which are not listed
 
     ``-s mfa`` and ``-s embedding`` cost more than the hidden states do, so they are computed on demand, in the
     gradient mode of the forward pass. Asking for a key that does not exist is an error that lists those that do;
-    s3prl's Featurizer would otherwise fall back to ``hidden_states`` silently.
+    s3prl's Featurizer would otherwise fall back to ``hidden_states`` silently. Pickles and ``torch.save`` hold an
+    ``OrderedDict`` of all values, which is read without this package.
     """
 
-    def __init__(self, computed: dict[str, Any], keys: Sequence[str], compute: Callable[[str], Any]):
+    def __init__(
+        self,
+        computed: dict[str, Any],
+        keys: Sequence[str],
+        compute: Callable[[str], Any],
+        aliases: Sequence[str] = (),
+    ) -> None:
         super().__init__(computed)
-        self._keys = tuple(keys)
+        self._keys, self._aliases = tuple(keys), frozenset(aliases)
         self._compute = compute
         self._grad = torch.is_grad_enabled()
+
+    def _known(self, key: object) -> bool:
+        return key in self._keys or key in self._aliases or super().__contains__(key)
 
     def __missing__(self, key: str) -> Any:
         if key not in self:
             raise KeyError(key)
         with torch.set_grad_enabled(self._grad):
             value = self._compute(key)
-        self[key] = value
+        if key not in self._aliases:
+            self[key] = value
         return value
 
     def __contains__(self, key: object) -> bool:
-        if key in self._keys or super().__contains__(key):
+        if self._known(key):
             return True
-        if isinstance(key, str) and not key.startswith(("_", "hidden_state_")):
-            raise ConfigError(f"feature selection: got {key!r}, expected one of {', '.join(self._keys)}; change -s")
+        if isinstance(key, str) and not key.startswith("_"):
+            others = f" or {', '.join(sorted(self._aliases))}" if self._aliases else ""
+            raise ConfigError(
+                f"feature selection: got {key!r}, expected one of {', '.join(self._keys)}{others}; change -s"
+            )
         return False
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self._keys or super().__contains__(key) else default
+        return self[key] if self._known(key) else default
 
     def __iter__(self) -> Iterator[str]:
         yield from self._keys
@@ -112,14 +131,49 @@ class Features(dict):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def keys(self):
+    def keys(self):  # type: ignore[override]
         return list(self)
 
-    def values(self):
+    def values(self):  # type: ignore[override]
         return [self[key] for key in self]
 
-    def items(self):
+    def items(self):  # type: ignore[override]
         return [(key, self[key]) for key in self]
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __reduce__(self) -> tuple:
+        # a dictionary that torch.load(weights_only=True) can build from a call, as it cannot dict itself
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+class _Tied(torch.autograd.Function):
+    """``x`` unchanged; its backward pass also hands a zero gradient to each of ``parameters``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like]
+        return (grad, *zeros)
+
+
+def tie(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What an output of ``module`` has to pass so that DistributedDataParallel can train on any choice of outputs.
+
+    DDP waits for the gradient of every parameter that any returned output needs. A loss on some outputs leaves those
+    of the others without one, and the second step raises "Expected to have finished reduction". After ``tie`` every
+    output brings every parameter a gradient, zero where it does not depend on it. Outside distributed training, and
+    where no gradients are recorded, outputs pass unchanged.
+    """
+    if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return lambda x: x
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return (lambda x: _Tied.apply(x, *parameters)) if parameters else (lambda x: x)
 
 
 class UpstreamExpert(UpstreamBase):
@@ -147,7 +201,12 @@ class UpstreamExpert(UpstreamBase):
     ``hidden_states``, a list of four (batch, frames, C) tensors, ``block_1`` .. ``block_4``, zero behind each
     utterance's end; by further keys ``last_hidden_state``, ``block_1`` .. ``block_4``, ``mfa`` (batch, frames, M),
     ``embedding`` (batch, frames, D; the utterance's embedding repeated over its frames) and ``fbank``, the normalised
-    front-end features (batch, frames, n_mels). Every utterance's values are those it has alone.
+    front-end features (batch, frames, n_mels); ``hidden_state_0`` .. ``hidden_state_3`` are s3prl's names of the
+    blocks. Every utterance's values are those it has alone.
+
+    In train mode BatchNorm takes the statistics of the batch only where gradients are recorded and its own parameters
+    require them: a frozen upstream gives the same in train as in eval mode. After ``.half()`` or ``.bfloat16()`` the
+    features are still computed in float32, and the hidden states come in the converted precision.
 
     Front-ends without centring give up to two frames fewer than s3prl keeps (``round(len / rate)``); the last frame is
     then repeated, so that what s3prl keeps of an utterance is also the same alone and in any batch.
@@ -173,7 +232,7 @@ class UpstreamExpert(UpstreamBase):
     ):
         super().__init__()
         if model_config is not None:
-            options.update(_read_options(model_config))
+            options.update(read_options(model_config))
         dtype = options.pop("dtype", None)
         options.pop("refresh", None)
         checkpoint = read_checkpoint(ckpt, **options)
@@ -187,6 +246,11 @@ class UpstreamExpert(UpstreamBase):
 
     def _say_what_it_is(self, ckpt: str, family: str | None) -> None:
         logger.info("%s: format %s, role %s", ckpt, self.checkpoint_format, self.role)
+        logger.info(
+            "layers: %s. -l counts from 0; -s %s .. %s or %s .. %s gives one by its name",
+            *(", ".join(f"{i} {name}" for i, name in enumerate(BLOCKS)), BLOCKS[0], BLOCKS[-1]),
+            *(NUMBERED[0], NUMBERED[-1]),
+        )
         if self.role == "untrained":
             logger.warning("%s holds UNTRAINED random weights: fit for testing only, not for results", ckpt)
         elif family == "dino" and self.role == "supervised":
@@ -200,43 +264,46 @@ class UpstreamExpert(UpstreamBase):
             return self.encoder.frontend.hop
         return self.encoder.downsample_rate
 
-    def forward(self, wavs: Sequence[Tensor]) -> Features:
+    def forward(self, wavs: Sequence[Tensor]) -> Outputs:
         check_wavs(wavs)
         samples = [wav.numel() for wav in wavs]
-        eager = torch.is_grad_enabled()  # distributed fine-tuning must see every output of one forward pass
-        if eager:
-            out = self.encoder(wavs, outputs=("fbank", "hidden_states", "mfa", "embedding"))
-        else:
-            out = self.encoder(wavs, outputs=("fbank", "hidden_states"))
+        # Where processes train together each must see all outputs of a forward pass within it.
+        eager = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
+        wanted = ("fbank", "hidden_states", "mfa", "embedding") if eager else ("fbank", "hidden_states")
+        out = self.encoder(wavs, outputs=wanted)
+        tied = tie(self.encoder)
         rate, hop = self.encoder.downsample_rate, self.encoder.frontend.hop
-        hidden_states = [_padded(layer, samples, rate) for layer in out["hidden_states"]]
+        layers = [tied(_padded(layer, samples, rate)) for layer in out["hidden_states"]]
 
         def compute(key: str) -> Any:
             if key == "last_hidden_state":
-                return hidden_states[-1]
+                return layers[-1]
             if key in BLOCKS:
-                return hidden_states[BLOCKS.index(key)]
+                return layers[BLOCKS.index(key)]
+            if key in NUMBERED:
+                return layers[NUMBERED.index(key)]
             if key == "fbank":
-                return _padded(out["fbank"], samples, hop)
+                return tied(_padded(out["fbank"], samples, hop))
             if key not in out:  # from the hidden states on; what was computed is not computed again
                 out.update(self.encoder.ecapa.head(out["hidden_states"], outputs=("mfa", "embedding")))
             if key == "mfa":
-                return _padded(out["mfa"], samples, rate)
-            return _repeated(out["embedding"], out["hidden_states"][-1].lengths, samples, rate)
+                return tied(_padded(out["mfa"], samples, rate))
+            return tied(_repeated(out["embedding"], out["hidden_states"][-1].lengths, samples, rate))
 
-        features = Features({"hidden_states": hidden_states}, KEYS, compute)
+        outputs = Outputs({"hidden_states": layers}, KEYS, compute, NUMBERED)
         if eager:
-            features.values()
-        return features
+            outputs.values()
+        return outputs
 
 
-def _read_options(path: str | os.PathLike) -> dict[str, Any]:
+def read_options(path: str | os.PathLike) -> dict[str, Any]:
     """Options of a ``-g`` yaml file, as a dictionary."""
     try:
         with open(path, encoding="utf-8") as file:
             options = yaml.safe_load(file)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); -g takes a yaml file of options") from error
+        where = "" if os.path.isabs(path) else f" below {os.getcwd()}"
+        raise ConfigError(f"{path}: cannot be read{where} ({error}); -g takes a yaml file of options") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not yaml ({error}); -g takes lines such as `format: wespeaker`") from error
     if options is None:

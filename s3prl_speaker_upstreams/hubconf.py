@@ -13,17 +13,29 @@ supervised models, the latter self-supervised ones, and each says so when it get
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s3prl_speaker_upstreams.errors import CheckpointUnreadable, ConfigError
-from s3prl_speaker_upstreams.registration import ENTRY_MARK
 
-__all__ = ["entries"]
+if TYPE_CHECKING:
+    from s3prl_speaker_upstreams.expert import UpstreamExpert
+
+__all__ = ["ENTRY_MARK", "entries"]
+
+ENTRY_MARK = "__s3prl_speaker_upstreams__"
+"""Attribute that tells our hub entries from everybody else's."""
 
 
-def _expert(ckpt: str, **options: Any):
+def _expert(name: str, ckpt: str, **options: Any) -> UpstreamExpert:
+    path = os.path.expanduser(ckpt)
+    if not os.path.isabs(path) and not os.path.exists(path):
+        raise CheckpointUnreadable(
+            f"{name}: got the relative path {ckpt}, and there is no such file below {os.getcwd()}; pass the full path "
+            f"with -k, or, for an experiment that was trained in another folder (-e), -o \"args.upstream_ckpt='PATH'\""
+        )
     from s3prl_speaker_upstreams.expert import UpstreamExpert  # imports s3prl and torch
 
     return UpstreamExpert(ckpt, **options)
@@ -37,7 +49,9 @@ def _is_url(ckpt: str) -> bool:
     return "://" in str(ckpt)
 
 
-def _local(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
+def _local(
+    name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any
+) -> UpstreamExpert:
     del refresh  # nothing is ever downloaded here
     if ckpt is None:
         raise CheckpointUnreadable(
@@ -48,10 +62,12 @@ def _local(name: str, ckpt: str | None = None, model_config: str | None = None, 
         raise CheckpointUnreadable(
             f"{name}: got the URL {ckpt}, expected a path; use -u {name.removesuffix('_local')}_url for URLs"
         )
-    return _expert(ckpt, model_config=model_config, family=_family(name), **options)
+    return _expert(name, ckpt, model_config=model_config, family=_family(name), **options)
 
 
-def _url(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
+def _url(
+    name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any
+) -> UpstreamExpert:
     if ckpt is None or not _is_url(ckpt):
         raise CheckpointUnreadable(
             f"{name}: got {ckpt!r}, expected a URL; pass -k URL (ckpt=URL), or use -u "
@@ -60,10 +76,12 @@ def _url(name: str, ckpt: str | None = None, model_config: str | None = None, re
     from s3prl_speaker_upstreams import weights
 
     path = weights.resolve(ckpt, refresh=refresh)
-    return _expert(path, model_config=model_config, family=_family(name), **options)
+    return _expert(name, path, model_config=model_config, family=_family(name), **options)
 
 
-def _named(name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any):
+def _named(
+    name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any
+) -> UpstreamExpert:
     from s3prl_speaker_upstreams import weights
 
     known = weights.REGISTRY[name]
@@ -73,7 +91,7 @@ def _named(name: str, ckpt: str | None = None, model_config: str | None = None, 
     if ckpt is not None and _is_url(ckpt):
         raise ConfigError(f"{name}: got the URL {ckpt}, expected no -k or a path; use -u ecapa_tdnn_url for URLs")
     path = ckpt if ckpt is not None else weights.resolve(name, refresh=refresh)
-    return _expert(path, model_config=model_config, **options)
+    return _expert(name, path, model_config=model_config, **options)
 
 
 def _entry(function: Callable, name: str, doc: str) -> Callable:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from types import ModuleType
 
-__all__ = ["ENTRY_MARK", "register_into", "registered"]
+from s3prl_speaker_upstreams.hubconf import ENTRY_MARK, entries
+
+__all__ = ["register_into", "registered"]
 
 logger = logging.getLogger(__name__)
-
-ENTRY_MARK = "__s3prl_speaker_upstreams__"
-"""Attribute that tells our hub entries from everybody else's."""
 
 
 def register_into(hub: ModuleType) -> list[str]:
@@ -33,9 +32,7 @@ def register_into(hub: ModuleType) -> list[str]:
     >>> "ecapa_tdnn" in names, "ecapa_dino" in names, hub.ecapa_dino
     (True, False, "someone else's")
     """
-    from s3prl_speaker_upstreams import hubconf
-
-    for name, entry in hubconf.entries().items():
+    for name, entry in entries().items():
         present = getattr(hub, name, None)
         if present is None:
             setattr(hub, name, entry)

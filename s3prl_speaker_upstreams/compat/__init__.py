@@ -7,7 +7,7 @@ Nothing of s3prl is edited on disk. ``S3PRL_SPEAKER_UPSTREAMS_COMPAT=0`` switche
 
 >>> from s3prl_speaker_upstreams import compat
 >>> compat.install()
->>> [entry.name for entry in compat.report()][0]
+>>> [standin.name for standin in compat.report()][0]
 'torchaudio.set_audio_backend'
 """
 
@@ -17,7 +17,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SWITCH", "Standin", "enabled", "install", "report"]
+__all__ = ["SWITCH", "Status", "enabled", "install", "report"]
 
 SWITCH = "S3PRL_SPEAKER_UPSTREAMS_COMPAT"
 
@@ -26,8 +26,8 @@ _state: dict[str, bool] = {}  # name of a stand-in -> whether it was put in plac
 
 
 @dataclass(frozen=True)
-class Standin:
-    """One line of the report.
+class Status:
+    """What became of one stand-in: a line of the report.
 
     name : the removed or absent thing
     removed_in : the package version that no longer has it ("never on PyPI" for parts of s3prl)
@@ -60,25 +60,25 @@ def install() -> None:
     from s3prl_speaker_upstreams.compat._hooks import lend, watch
     from s3prl_speaker_upstreams.compat.standins import STANDINS
 
-    for entry in STANDINS:
+    for standin in STANDINS:
 
-        def put_in_place(module: Any, entry: Any = entry) -> None:
-            needed = entry.missing(module)
+        def put_in_place(module: Any, standin: Any = standin) -> None:
+            needed = standin.missing(module)
             if needed:
-                entry.supply(module)
-            _state[entry.name] = _state.get(entry.name, False) or needed
+                standin.supply(module)
+            _state[standin.name] = _state.get(standin.name, False) or needed
 
-        def for_one_import(entry: Any = entry) -> Any:
-            _state[entry.name] = entry.missing(None)
-            return entry.supply(None) if _state[entry.name] else None
+        def for_one_import(standin: Any = standin) -> Any:
+            _state[standin.name] = standin.missing(None)
+            return standin.supply(None) if _state[standin.name] else None
 
-        if entry.lent:
-            lend(entry.modules, for_one_import)
+        if standin.lent:
+            lend(standin.modules, for_one_import)
         else:
-            watch(entry.modules, put_in_place)
+            watch(standin.modules, put_in_place)
 
 
-def report(*, probe: bool = False) -> list[Standin]:
+def report(*, probe: bool = False) -> list[Status]:
     """Every stand-in with whether it is in place in this process.
 
     probe : import each stand-in's module first, so that ``active`` is True or False wherever the module exists
@@ -88,17 +88,17 @@ def report(*, probe: bool = False) -> list[Standin]:
 
     if probe:
         install()
-        for name in dict.fromkeys(name for entry in STANDINS for name in entry.modules):
+        for name in dict.fromkeys(name for standin in STANDINS for name in standin.modules):
             _try_import(name)
     return [
-        Standin(
-            entry.name,
-            entry.removed_in,
-            tuple(f"s3prl/{place}" for place in entry.used_by),
-            entry.supplies,
-            _state.get(entry.name),
+        Status(
+            standin.name,
+            standin.removed_in,
+            tuple(f"s3prl/{place}" for place in standin.used_by),
+            standin.supplies,
+            _state.get(standin.name),
         )
-        for entry in STANDINS
+        for standin in STANDINS
     ]
 
 

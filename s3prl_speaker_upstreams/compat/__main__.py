@@ -2,7 +2,9 @@
 
     python -m s3prl_speaker_upstreams.compat preprocess/generate_len_for_bucket.py -i LibriSpeech -o data
 
-Where torchaudio's readers are stand-ins, joblib's workers become threads: children would import plain torchaudio.
+Such scripts are ``preprocess/generate_len_for_bucket.py``, and ``utility/visualize_weight.py`` or
+``utility/print_settings.py``, which read an experiment's checkpoint. Where torchaudio's readers are stand-ins, joblib's
+workers become threads: children would import plain torchaudio.
 Without a script, lists the stand-ins.
 """
 
@@ -29,6 +31,10 @@ def main(argv: list[str]) -> int:
     import joblib
     import torchaudio
 
+    from s3prl_speaker_upstreams.compat import torch_load
+
+    if compat.enabled() and torch_load.namespaces_are_refused():
+        torch_load.put_in_place()
     sys.argv = argv
     ours = torchaudio.info.__module__.startswith(compat.__name__)
     # torchaudio's own sox reader is not safe in threads, and needs none

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["STANDINS", "Entry"]
+__all__ = ["STANDINS", "Standin"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Standin:
     """One stand-in.
 
     modules : looked at when one of these has been imported
@@ -207,8 +207,18 @@ def _supply_torchaudio(module: ModuleType) -> None:
     module.torchaudio = importlib.import_module(f"{__package__}.torchaudio_io")
 
 
-STANDINS: tuple[Entry, ...] = (
-    Entry(
+STANDINS: tuple[Standin, ...] = (
+    Standin(
+        "torchaudio beside a later torch",
+        "torch 2.12 (torchaudio ends with 2.11)",
+        ("run_downstream.py:8",),
+        "import torchaudio",
+        "logs that the two were built for different CUDA releases instead of refusing to be imported",
+        ("torchaudio._extension.utils",),
+        _call("cuda_versions", "checks_the_release"),
+        _call("cuda_versions", "warn_instead"),
+    ),
+    Standin(
         "torchaudio.set_audio_backend",
         "torchaudio 2.9",
         ("run_downstream.py:157", "upstream/byol_s/byol_a/common.py:20", "dataio/dataset/load_audio.py:10"),
@@ -218,7 +228,7 @@ STANDINS: tuple[Entry, ...] = (
         _lacks("set_audio_backend"),
         _set("torchaudio_io", "set_audio_backend"),
     ),
-    Entry(
+    Standin(
         "torchaudio.load without TorchCodec",
         "torchaudio 2.9",
         (
@@ -236,7 +246,7 @@ STANDINS: tuple[Entry, ...] = (
         _needs_torchcodec,
         _set("torchaudio_io", "load"),
     ),
-    Entry(
+    Standin(
         "torchaudio.save without TorchCodec",
         "torchaudio 2.9",
         ("util/pseudo_data.py:37",),
@@ -246,7 +256,7 @@ STANDINS: tuple[Entry, ...] = (
         _needs_torchcodec,
         _set("torchaudio_io", "save"),
     ),
-    Entry(
+    Standin(
         "torchaudio.info",
         "torchaudio 2.9",
         ("util/audio_info.py:51",),
@@ -256,7 +266,7 @@ STANDINS: tuple[Entry, ...] = (
         _lacks("info"),
         _set("torchaudio_io", "info", "AudioMetaData"),
     ),
-    Entry(
+    Standin(
         "torchaudio.sox_effects",
         "torchaudio 2.9, or no libsox.so",
         (
@@ -271,7 +281,7 @@ STANDINS: tuple[Entry, ...] = (
         _no_sox,
         _supply_sox,
     ),
-    Entry(
+    Standin(
         "torchaudio in joblib children of util.audio_info",
         "torchaudio 2.9",
         ("util/audio_info.py:50", "util/audio_info.py:51"),
@@ -281,7 +291,7 @@ STANDINS: tuple[Entry, ...] = (
         _is_torchaudio_without_info,
         _supply_torchaudio,
     ),
-    Entry(
+    Standin(
         "torch.load of experiment checkpoints",
         "torch 2.6",
         ("run_downstream.py:112", "run_downstream.py:171", "downstream/runner.py:91"),
@@ -291,7 +301,7 @@ STANDINS: tuple[Entry, ...] = (
         _no_namespaces,
         lambda module: importlib.import_module(f"{__package__}.torch_load").put_in_place(),
     ),
-    Entry(
+    Standin(
         "huggingface_hub.HfFolder",
         "huggingface_hub 1.0",
         ("run_downstream.py:17", "downstream/runner.py:27"),
@@ -301,7 +311,7 @@ STANDINS: tuple[Entry, ...] = (
         _lacks("HfFolder"),
         _set("hub_names", "HfFolder"),
     ),
-    Entry(
+    Standin(
         "huggingface_hub.Repository",
         "huggingface_hub 1.0",
         ("downstream/runner.py:27",),
@@ -311,7 +321,7 @@ STANDINS: tuple[Entry, ...] = (
         _lacks("Repository"),
         _set("hub_names", "Repository"),
     ),
-    Entry(
+    Standin(
         "HfApi.login",
         "huggingface_hub 0.13",
         ("run_downstream.py:187",),
@@ -321,7 +331,7 @@ STANDINS: tuple[Entry, ...] = (
         lambda module: not hasattr(module.HfApi, "login"),
         _supply_login,
     ),
-    Entry(
+    Standin(
         "HfApi.create_repo(name=)",
         "huggingface_hub 0.13",
         ("downstream/runner.py:546",),
@@ -331,7 +341,7 @@ STANDINS: tuple[Entry, ...] = (
         _refuses_old_create_repo,
         _supply_runner_api,
     ),
-    Entry(
+    Standin(
         "snapshot_download(repo, revision, use_auth_token=)",
         "huggingface_hub 0.11 (by position), 1.0 (use_auth_token)",
         ("downstream/runner.py:125",),
@@ -341,7 +351,7 @@ STANDINS: tuple[Entry, ...] = (
         _refuses_old_download,
         _supply_download,
     ),
-    Entry(
+    Standin(
         "numpy.int",
         "numpy 1.24",
         (
@@ -359,7 +369,7 @@ STANDINS: tuple[Entry, ...] = (
         _numpy_lacks("int"),
         _supply_numpy,
     ),
-    Entry(
+    Standin(
         "numpy.complex",
         "numpy 1.24",
         ("utility/audio.py:106",),
@@ -369,7 +379,7 @@ STANDINS: tuple[Entry, ...] = (
         _numpy_lacks("complex"),
         _supply_numpy,
     ),
-    Entry(
+    Standin(
         "catalyst.data.sampler.DistributedSamplerWrapper",
         "not required by s3prl",
         ("downstream/speech_commands/expert.py:12",),
@@ -380,7 +390,7 @@ STANDINS: tuple[Entry, ...] = (
         _lend("samplers", "catalyst", "catalyst.data", "catalyst.data.sampler"),
         lent=True,
     ),
-    Entry(
+    Standin(
         "sox.Transformer",
         "not required by s3prl",
         ("downstream/sv_voxceleb1/dataset.py:14",),
@@ -391,7 +401,39 @@ STANDINS: tuple[Entry, ...] = (
         _lend("placeholders", "sox"),
         lent=True,
     ),
-    Entry(
+    Standin(
+        "sed_eval",
+        "not required by s3prl",
+        ("task/_hear_score.py:9",),
+        "sed_eval",
+        "names that raise when used, so that s3prl.problem can be imported",
+        ("s3prl.task._hear_score",),
+        _not_installed("sed_eval"),
+        _lend("event_scores", "sed_eval"),
+        lent=True,
+    ),
+    Standin(
+        "dcase_util",
+        "not required by s3prl",
+        ("task/_hear_score.py:13",),
+        "dcase_util",
+        "a name that raises when used, so that s3prl.problem can be imported",
+        ("s3prl.task._hear_score",),
+        _not_installed("dcase_util"),
+        _lend("event_scores", "dcase_util", "dcase_util.containers"),
+        lent=True,
+    ),
+    Standin(
+        "pandas.Series.iteritems",
+        "pandas 2.0",
+        ("dataio/corpus/base.py:31",),
+        "iteritems",
+        "the one function that says it, with items",
+        ("s3prl.dataio.corpus.base",),
+        _call("pandas_names", "lacks_iteritems"),
+        _call("pandas_names", "supply_datapoints"),
+    ),
+    Standin(
         "s3prl.downstream.ctc.corpus",
         "never in s3prl's PyPI package",
         (
@@ -406,7 +448,7 @@ STANDINS: tuple[Entry, ...] = (
         _no_corpora,
         _supply_corpora,
     ),
-    Entry(
+    Standin(
         "SID cache keyed by corpus",
         "never in s3prl",
         ("downstream/voxceleb1/dataset.py:18",),
@@ -416,7 +458,7 @@ STANDINS: tuple[Entry, ...] = (
         lambda module: hasattr(module, "CACHE_PATH"),
         _call("recipe_caches", "redirect_path_lists"),
     ),
-    Entry(
+    Standin(
         "ASV cache keyed by corpus",
         "never in s3prl",
         ("downstream/sv_voxceleb1/dataset.py:40",),
@@ -426,7 +468,7 @@ STANDINS: tuple[Entry, ...] = (
         lambda module: hasattr(module, "SpeakerVerifi_train"),
         _call("recipe_caches", "redirect_lengths"),
     ),
-    Entry(
+    Standin(
         "SID experiment folder for caches",
         "never in s3prl",
         ("downstream/voxceleb1/expert.py:43",),
@@ -436,7 +478,7 @@ STANDINS: tuple[Entry, ...] = (
         lambda module: hasattr(module, "DownstreamExpert"),
         _call("recipe_caches", "remember_expdir"),
     ),
-    Entry(
+    Standin(
         "ASV experiment folder for caches",
         "never in s3prl",
         ("downstream/sv_voxceleb1/expert.py:55",),
@@ -446,7 +488,7 @@ STANDINS: tuple[Entry, ...] = (
         lambda module: hasattr(module, "DownstreamExpert"),
         _call("recipe_caches", "remember_expdir"),
     ),
-    Entry(
+    Standin(
         "ASV on the device of --device",
         "never in s3prl",
         ("downstream/sv_voxceleb1/expert.py:216", "downstream/sv_voxceleb1/expert.py:223"),
@@ -456,7 +498,7 @@ STANDINS: tuple[Entry, ...] = (
         lambda module: hasattr(module, "DownstreamExpert"),
         _call("devices", "follow_the_features"),
     ),
-    Entry(
+    Standin(
         "SE and SS on the device of --device",
         "never in s3prl",
         (
@@ -471,7 +513,7 @@ STANDINS: tuple[Entry, ...] = (
         lambda module: hasattr(module, "device"),
         _call("devices", "follow_the_argument"),
     ),
-    Entry(
+    Standin(
         "evaluation with --device cpu beside a GPU",
         "never in s3prl",
         ("downstream/runner.py:448", "downstream/runner.py:493"),
@@ -480,5 +522,35 @@ STANDINS: tuple[Entry, ...] = (
         ("s3prl.downstream.runner",),
         _call("devices", "cuda_device_refuses_cpu"),
         _call("devices", "evaluate_on_cpu"),
+    ),
+    Standin(
+        "--local-rank and LOCAL_RANK",
+        "torch 2.0 (its launcher spelt it --local_rank)",
+        ("run_downstream.py:29",),
+        "--local_rank",
+        "the rank in s3prl's spelling, whichever launcher gave it",
+        ("s3prl.hub",),
+        _call("arguments", "rank_is_unread"),
+        _call("arguments", "spell_local_rank"),
+    ),
+    Standin(
+        "relative -k and -g",
+        "never in s3prl",
+        ("downstream/runner.py:88", "run_downstream.py:129"),
+        "args",
+        "experiment checkpoints keep the full paths, so that -e works from any folder",
+        ("s3prl.downstream.runner",),
+        lambda module: hasattr(module, "Runner"),
+        _call("arguments", "keep_full_paths"),
+    ),
+    Standin(
+        "the layer of -l by its name",
+        "never in s3prl",
+        ("upstream/interfaces.py:213",),
+        "self.layer_selection",
+        "the log names the layer; a number that does not exist is an error that says so",
+        ("s3prl.upstream.interfaces",),
+        lambda module: hasattr(module, "Featurizer"),
+        _call("arguments", "name_the_layer"),
     ),
 )

@@ -96,7 +96,10 @@ class Ecapa(nn.Module):
         unknown = [name for name in outputs if name not in OUTPUTS[1:]]
         if unknown or not outputs:
             raise ConfigError(f"Ecapa.head: got outputs={list(outputs)}, expected some of {list(OUTPUTS[1:])}")
-        return self._head(hidden_states, outputs, None)
+        # States of a forward pass under autocast are of its precision; here it need not be on any more.
+        dtype = self.mfa.conv.weight.dtype
+        states = [Ragged(h.data.to(dtype), h.lengths) for h in hidden_states]
+        return self._head(states, outputs, None)
 
     def _head(self, states: Sequence[Ragged], outputs: Sequence[str], mfa: Ragged | None) -> dict[str, Tensor | Ragged]:
         if mfa is None and self._differentiable(states[0].data):

@@ -63,3 +63,51 @@ def test_the_checkouts_own_script(tmp_path):
     table = pandas.read_csv(tmp_path / "out" / "len_for_bucket" / "dev-clean.csv")
     assert table["length"].tolist() == [3000, 2000, 1000]
     assert table["file_path"][0] == "dev-clean/1/2/1-2-0001.flac"
+
+
+# what s3prl/utility/print_settings.py and visualize_weight.py do: experiment checkpoints read with torch's defaults
+READER = """
+import sys
+import torch
+
+ckpt = torch.load(sys.argv[1], map_location="cpu")
+print(ckpt["Args"].upstream, ckpt["Config"]["runner"]["total_steps"], ckpt["Featurizer"]["weights"].tolist())
+"""
+
+
+def test_utilities_that_read_experiment_checkpoints(tmp_path):
+    import argparse
+
+    import torch
+
+    experiment = {
+        "Args": argparse.Namespace(upstream="ecapa_dino"),
+        "Config": {"runner": {"total_steps": 7}},
+        "Featurizer": {"weights": torch.zeros(2)},
+    }
+    torch.save(experiment, tmp_path / "states-7.ckpt")
+    (tmp_path / "read.py").write_text(READER)
+    done = compat(tmp_path / "read.py", tmp_path / "states-7.ckpt")
+    assert done.stdout.strip() == "ecapa_dino 7 [0.0, 0.0]", done.stderr
+
+
+@pytest.mark.parametrize("name", ["visualize_weight.py --ckpt", "print_settings.py"])
+def test_s3prls_own_utilities(tmp_path, name):
+    import argparse
+    import importlib.util
+
+    import torch
+
+    script, *option = name.split()
+    path = Path(importlib.util.find_spec("s3prl").origin).parent / "utility" / script
+    experiment = {
+        "Args": argparse.Namespace(upstream="ecapa_dino"),
+        "Config": {"runner": {"total_steps": 7}},
+        "Featurizer": {"weights": torch.zeros(2)},
+    }
+    torch.save(experiment, tmp_path / "states-7.ckpt")
+    more = [] if option else ["config.runner.total_steps"]
+    done = compat(path, *option, tmp_path / "states-7.ckpt", *more)
+    assert done.returncode == 0, done.stderr
+    assert ("[0.5, 0.5]" if option else "7\n") in done.stdout
+    assert (tmp_path / "visualize_weight.png").is_file() == bool(option)

@@ -33,11 +33,18 @@ EVERYWHERE = {
     "ASV experiment folder for caches",
     "ASV on the device of --device",
     "evaluation with --device cpu beside a GPU",
+    "pandas.Series.iteritems",
+    "relative -k and -g",
+    "the layer of -l by its name",
 }
 # what depends on packages or package data that an installation may or may not have
 ENVIRONMENT = {
     "catalyst.data.sampler.DistributedSamplerWrapper",
     "sox.Transformer",
+    "sed_eval",
+    "dcase_util",
+    "torchaudio beside a later torch",
+    "--local-rank and LOCAL_RANK",
     "s3prl.downstream.ctc.corpus",
     "SE and SS on the device of --device",  # needs asteroid to be imported at all
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -189,6 +190,80 @@ def test_unknown_feature_selection_is_refused(upstream):
 
     with pytest.raises(ValueError, match="'mfaa', expected one of hidden_states.*change -s"):
         Featurizer(upstream, "mfaa", upstream_device="cpu")
+
+
+def test_s3prls_names_of_single_layers(upstream):
+    """``-s hidden_state_3`` is one layer, as of s3prl's own upstreams, not the weighted sum of all."""
+    from s3prl.upstream.interfaces import Featurizer
+
+    wavs = noise(8000, 5000)
+    with torch.no_grad():
+        out = upstream(wavs)
+        for number in range(4):
+            featurizer = Featurizer(upstream, f"hidden_state_{number}", upstream_device="cpu")
+            assert not list(featurizer.parameters())
+            for got, expected in zip(featurizer(wavs, out), out["hidden_states"][number], strict=True):
+                assert torch.equal(got, expected[: len(got)])
+    assert list(out) == KEYS
+    with pytest.raises(ValueError, match="'hidden_state_4', expected one of hidden_states.*or hidden_state_0"):
+        Featurizer(upstream, "hidden_state_4", upstream_device="cpu")
+
+
+def test_layers_by_number_count_from_zero(upstream, hub, untrained, caplog):
+    from s3prl.upstream.interfaces import Featurizer
+
+    wavs = noise(8000)
+    with torch.no_grad():
+        out = upstream(wavs)
+        with caplog.at_level(logging.INFO):
+            (picked,) = Featurizer(upstream, "hidden_states", upstream_device="cpu", layer_selection=2)(wavs, out)
+        assert "-l 2 is block_3" in caplog.text
+    assert torch.equal(picked, out["block_3"][0, : len(picked)])
+    with pytest.raises(ValueError, match=r"-l 4.*expected 0 .. 3 \(block_1 .. block_4\)"):
+        Featurizer(upstream, "hidden_states", upstream_device="cpu", layer_selection=4)
+    with caplog.at_level(logging.INFO):
+        hub.ecapa_tdnn_local(ckpt=str(untrained))
+    assert "2 block_3" in caplog.text and "-l counts from 0" in caplog.text
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_outputs_can_be_saved_and_pickled(upstream, tmp_path, gradients):
+    import pickle
+
+    with torch.set_grad_enabled(gradients):
+        out = upstream(noise(6000, 4000))
+    torch.save(out, tmp_path / "features.pt")
+    torch.save(out["hidden_states"], tmp_path / "layers.pt")
+    for read in (torch.load(tmp_path / "features.pt", weights_only=True), pickle.loads(pickle.dumps(out)), out.copy()):
+        assert type(read) in (dict, OrderedDict) and list(read) == KEYS and len(read["hidden_states"]) == 4
+        assert all(torch.equal(read[key], out[key]) for key in KEYS[1:])
+    layers = torch.load(tmp_path / "layers.pt", weights_only=True)
+    assert type(layers) is list and torch.equal(layers[3], out["block_4"])
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_in_another_precision(hub, untrained, precision):
+    exact = hub.ecapa_tdnn_local(ckpt=str(untrained))
+    converted = hub.ecapa_tdnn_local(ckpt=str(untrained)).to(precision)
+    wavs = noise(16000, 700)
+    with torch.no_grad():
+        got, expected = converted([wav.to(precision) for wav in wavs]), exact(wavs)
+    limit = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float64: 1e-5}[precision]
+    for key in KEYS[2:-1]:
+        assert got[key].dtype == (torch.float32 if got[key].dtype != precision else precision)
+        assert (got[key].double() - expected[key]).norm() <= limit * expected[key].norm(), key
+    assert got["hidden_states"][0].dtype == precision
+    assert converted.float().encoder.frontend.window.dtype == torch.float32
+
+
+def test_a_relative_path_seen_from_another_folder(hub, untrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(untrained.parent)
+    assert hub.ecapa_tdnn_local(ckpt=untrained.name) is not None
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=f"relative path {untrained.name}.*below {tmp_path}.*args.upstream_ckpt="):
+        hub.ecapa_tdnn_local(ckpt=untrained.name)
+    with pytest.raises(ValueError, match=f"options.yaml: cannot be read below {tmp_path}"):
+        hub.ecapa_tdnn_local(ckpt=str(untrained), model_config="options.yaml")
 
 
 def test_bad_checkpoints_are_refused(hub, untrained, tmp_path):
