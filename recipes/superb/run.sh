@@ -5,7 +5,7 @@
 #   recipes/superb/run.sh KS fbank --smoke --device cpu   the whole path in a minute or two, on a generated corpus
 #   STAGES="evaluate score" recipes/superb/run.sh ...     some stages only; each starts alone
 #
-# Reads: the corpus (--data), conf/TASK.yaml. Writes: EXP/UPSTREAM/TASK (see superb/stages.py for what lies where).
+# Reads: the corpus (--data). Writes: EXP/UPSTREAM/TASK (s3prl_speaker_upstreams/superb/run.py says what lies where).
 # Finished stages are skipped; after a kill, start it again and it goes on from the last whole checkpoint.
 # All options: python -m s3prl_speaker_upstreams.superb run --help
 set -euo pipefail

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import zipfile
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from s3prl_speaker_upstreams.common.experiments import read_experiment
 from s3prl_speaker_upstreams.errors import CheckpointUnreadable
 
 __all__ = ["Saved", "checkpoints", "read", "summary"]
@@ -39,23 +40,12 @@ def read(path: Path) -> dict[str, Any] | None:
 
     Raises CheckpointUnreadable for a file that holds other objects: loading it could run code.
     """
-    if not zipfile.is_zipfile(path):
-        return None
-    import argparse
-    import pickle
-
-    import torch
-
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointUnreadable(
-            f"{path}: holds objects other than tensors, plain values and s3prl's options ({error}); it was not loaded, "
-            "for loading such a file can run code. Is it a checkpoint of s3prl's runner?"
-        ) from error
-    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s: not a whole checkpoint (%s)", path, error)
+        return read_experiment(path)
+    except CheckpointUnreadable as error:
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            raise
+        logger.warning("%s", error)
         return None
 
 

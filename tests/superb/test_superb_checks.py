@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import soundfile
 
-from s3prl_speaker_upstreams.demo import corpora
 from s3prl_speaker_upstreams.superb.checks import audio_problem, check_corpus
 from s3prl_speaker_upstreams.superb.errors import CorpusError
 from s3prl_speaker_upstreams.superb.prepare import prepare
@@ -18,22 +17,9 @@ from s3prl_speaker_upstreams.superb.tasks.pr import PHONES
 from s3prl_speaker_upstreams.superb.tasks.sf import CHARACTERS
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Task -> a generated corpus that is in order; copy before breaking it."""
-    made = {}
-
-    def get(task):
-        if task not in made:
-            made[task] = corpora.generate(task, tmp_path_factory.mktemp(task) / "data", scale=2)
-        return made[task]
-
-    return get
-
-
 @pytest.fixture()
-def copy(whole, tmp_path):
-    return lambda task: shutil.copytree(whole(task), tmp_path / task)
+def copy(generated, tmp_path):
+    return lambda task: shutil.copytree(generated(task), tmp_path / task)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -204,10 +190,10 @@ def test_trials_need_both_kinds(copy, tmp_path):
         prepare(TASKS["ASV"], root, tmp_path / "p")
 
 
-def test_folds_of_er_hold_each_utterance_once_as_test(whole, tmp_path):
+def test_folds_of_er_hold_each_utterance_once_as_test(generated, tmp_path):
     import json
 
-    out = prepare(TASKS["ER"], whole("ER"), tmp_path / "p")
+    out = prepare(TASKS["ER"], generated("ER"), tmp_path / "p")
     tested = []
     for session in range(1, 6):
         folder = out / "meta_data" / f"Session{session}"
@@ -218,8 +204,8 @@ def test_folds_of_er_hold_each_utterance_once_as_test(whole, tmp_path):
     assert len(tested) == len(set(tested)) == 20
 
 
-def test_dev_speakers_of_se_are_those_of_the_benchmark(whole, tmp_path):
-    out = prepare(TASKS["SE"], whole("SE"), tmp_path / "p")
+def test_dev_speakers_of_se_are_those_of_the_benchmark(generated, tmp_path):
+    out = prepare(TASKS["SE"], generated("SE"), tmp_path / "p")
     names = {
         part: {line.split()[0][:4] for line in (out / part / "clean" / "wav.scp").read_text().splitlines()}
         for part in ("train", "dev")

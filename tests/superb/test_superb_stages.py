@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from s3prl_speaker_upstreams.demo import corpora
 from s3prl_speaker_upstreams.errors import Busy, CheckpointUnreadable, ConfigError, MissingPackage
 from s3prl_speaker_upstreams.superb import collect, configuration, saved, stages, stock
 from s3prl_speaker_upstreams.superb.errors import (
@@ -32,134 +31,12 @@ from s3prl_speaker_upstreams.superb.work import Work
 torch = pytest.importorskip("torch")
 
 
-def _save(path: Path, step: int, score: float, args: dict | None = None, config: dict | None = None) -> None:
-    state = {
-        "Step": step,
-        "Args": argparse.Namespace(mode="train", **(args or {})),
-        "Config": config or {"runner": {}},
-        "Featurizer": {"weights": torch.zeros(3)},
-        "Downstream": {"best_score": torch.ones(1) * score},
-    }
-    torch.save(state, path)
-
-
-class FakeRunner:
-    """Writes what the stock runner writes; `dev` gives the dev score of an experiment folder."""
-
-    def __init__(self, monkeypatch, dev=lambda expdir: 0.5, test=lambda checkpoint: 0.25, layers=1):
-        self.calls: list[list[str]] = []
-        self.dev, self.test, self.layers = dev, test, layers
-        self.fail_at: int | None = None
-        self.state, self.probed = "weights", 0
-        monkeypatch.setattr(stock, "run_stock", self)
-
-    def __call__(self, run, arguments, log, *, module="s3prl.run_downstream", nproc=1):
-        arguments = list(arguments)
-        if module.endswith("probe"):
-            self.probed += 1
-            if arguments[0] == "hubertt":
-                return json.dumps({"error": "unknown", "known": ["fbank", "hubert", *(f"x{n}" for n in range(200))]})
-            if "nosuch" in arguments:
-                return json.dumps({"error": "feature", "known": ["hidden_states"]})
-            behaviour = [[0.0, 1.0]] * self.layers
-            facts = {"layers": self.layers, "dim": 4, "rate": 160, "state": self.state, "behaviour": behaviour}
-            return "noise\n" + json.dumps(facts)
-        self.calls.append(arguments)
-        option = dict(zip(arguments, arguments[1:], strict=False))
-        if option["-m"] == "train":
-            return self._train(run, arguments, option)
-        return self._evaluate(run, option, log)
-
-    def _train(self, run, arguments, option):
-        expdir = Path(option["-p"]) if "-p" in option else Path(option["-e"]).parent
-        before = saved.read(Path(option["-e"])) if "-e" in option else None
-        args, config = (vars(before["Args"]), before["Config"]) if before else _as_s3prl_records(arguments, option)
-        overrides = dict(part.split("=") for part in option.get("-o", "").split(",,") if part)
-        if "args.seed" in overrides:
-            args["seed"] = int(overrides["args.seed"])
-        total = int(overrides.get("config.runner.total_steps", config["runner"]["total_steps"]))
-        config["runner"]["total_steps"] = total
-        for step in range((before["Step"] if before else 0) + 2, total + 1, 2):
-            if self.fail_at == step:
-                raise RunFailed("killed")
-            for old in expdir.glob("states-*.ckpt"):
-                if run.task.name != "ASV":
-                    old.unlink()
-            for name in (f"states-{step}.ckpt", run.task.best):
-                if name:
-                    _save(expdir / name, step, self.dev(expdir), {k: v for k, v in args.items() if k != "mode"}, config)
-        return ""
-
-    def _evaluate(self, run, option, log):
-        expdir = Path(option["-p"]) if "-p" in option else Path(option["-e"]).parent
-        checkpoint = Path(option["-e"]) if "-e" in option else expdir
-        value = self.test(checkpoint)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        if run.task.name == "ASV":
-            (expdir / "test_predict.txt").write_text(f"{checkpoint.name}\n")
-            return f"noise\nsv-voxceleb1/test-EER: {value}\n"
-        if run.task.name == "QbE":
-            _stdlist(run, expdir, option, value)
-            return ""
-        text = "".join(f"{run.task.test_split} {metric.key}: {value}\n" for metric in run.task.metrics)
-        log.write_text(f"$ command\n{text}")
-        for source, _ in run.task.predictions:
-            (expdir / Path(source).name).write_text("prediction\n")
-        return text
-
-
-def _as_s3prl_records(arguments: list[str], option: dict) -> tuple[dict, dict]:
-    """Args and Config as the runner saves them."""
-    import yaml
-
-    args = {
-        "upstream": option["-u"],
-        "downstream": option["-d"],
-        "upstream_ckpt": option.get("-k"),
-        "upstream_model_config": option.get("-g"),
-        "upstream_feature_selection": option["-s"],
-        "upstream_feature_normalize": "--upstream_feature_normalize" in arguments,
-        "upstream_layer_selection": None,
-        "upstream_trainable": False,
-        "seed": int(option["--seed"]),
-    }
-    return args, yaml.safe_load(Path(option["-c"]).read_text())
-
-
-def _stdlist(run, expdir: Path, option: dict, layer_is_right) -> None:
-    """Scores that are right on the layer `layer_is_right(layer)` says, else reversed."""
-    part = "dev" if option["-t"] == "dev" else "eval"
-    rttm = (run.corpus / "scoring" / f"groundtruth_quesst14_{part}" / f"quesst14_{part}.rttm").read_text()
-    truth = {(line.split()[5], line.split()[1]) for line in rttm.splitlines()}
-    sign = 1 if layer_is_right else -1
-    lists = []
-    for query in sorted({q for q, _ in truth}):
-        terms = "".join(
-            f'<term file="{file.stem}" score="{sign * ((query, file.stem) in truth)}"/>'
-            for file in sorted((run.corpus / "Audio").glob("quesst14_0*.wav"))
-        )
-        lists.append(f'<detected_termlist termid="{query}">{terms}</detected_termlist>')
-    (expdir / "benchmark.stdlist.xml").write_text(f"<stdlist>{''.join(lists)}</stdlist>")
-
-
-@pytest.fixture()
-def make(tmp_path):
-    def run(task: str, **options) -> stages.Run:
-        data = tmp_path / "data" / task
-        if not data.is_dir():
-            corpora.generate(task, data, scale=2)
-        settings = {"task": TASKS[task], "upstream": "fbank", "exp": tmp_path / "exp", "data": data, "smoke": True}
-        return stages.Run(**{**settings, "device": "cpu", **options})
-
-    return run
-
-
 def _result(run: stages.Run) -> dict:
     return json.loads((run.folder / "result.json").read_text())
 
 
-def test_whole_path_of_a_classification_task(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_whole_path_of_a_classification_task(make, fake_runner):
+    fake = fake_runner()
     run = make("KS")
     stages.run_stages(run)
     result = _result(run)
@@ -172,8 +49,8 @@ def test_whole_path_of_a_classification_task(make, monkeypatch):
     assert str(run.corpus / "train") in config and "total_steps: 4" in config
 
 
-def test_finished_stages_are_skipped_and_force_repeats_them(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_finished_stages_are_skipped_and_force_repeats_them(make, fake_runner):
+    fake = fake_runner()
     run = make("KS")
     stages.run_stages(run)
     before = len(fake.calls)
@@ -187,8 +64,8 @@ def test_finished_stages_are_skipped_and_force_repeats_them(make, monkeypatch):
     assert saved.read(run.folder / "lr1e-04" / "dev-best.ckpt")["Step"] == 6
 
 
-def test_each_stage_says_which_one_is_missing(make, monkeypatch):
-    FakeRunner(monkeypatch)
+def test_each_stage_says_which_one_is_missing(make, fake_runner):
+    fake_runner()
     run = make("KS")
     with pytest.raises(ConfigError, match="run the prepare stage first"):
         stages.run_stages(run, ["train"])
@@ -198,8 +75,8 @@ def test_each_stage_says_which_one_is_missing(make, monkeypatch):
         stages.run_stages(run, ["evaluate"])
 
 
-def test_killed_training_goes_on_from_the_last_whole_checkpoint(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_killed_training_goes_on_from_the_last_whole_checkpoint(make, fake_runner):
+    fake = fake_runner()
     run = make("KS")
     fake.fail_at = 4
     with pytest.raises(RunFailed):
@@ -216,9 +93,9 @@ def test_killed_training_goes_on_from_the_last_whole_checkpoint(make, monkeypatc
     assert _result(run)["metrics"] == {"KS acc": 25.0}
 
 
-def test_resuming_gives_paths_and_workers_again(make, monkeypatch):
+def test_resuming_gives_paths_and_workers_again(make, fake_runner):
     """s3prl's ctc recipe saves a configuration without num_workers, and places may have moved."""
-    fake = FakeRunner(monkeypatch)
+    fake = fake_runner()
     run = make("PR", workers=3)
     fake.fail_at = 4
     with pytest.raises(RunFailed):
@@ -231,26 +108,26 @@ def test_resuming_gives_paths_and_workers_again(make, monkeypatch):
         assert f"config.downstream_expert.corpus.path='{run.corpus}'" in override
 
 
-def test_learning_rate_is_chosen_on_dev_not_on_test(make, monkeypatch):
+def test_learning_rate_is_chosen_on_dev_not_on_test(make, fake_runner):
     scores = {"lr1e-02": (0.2, 0.9), "lr1e-03": (0.8, 0.4), "lr1e-04": (0.5, 0.6)}
-    FakeRunner(monkeypatch, dev=lambda e: scores[e.name][0], test=lambda c: scores[c.parent.name][1])
+    fake_runner(dev=lambda e: scores[e.name][0], test=lambda c: scores[c.parent.name][1])
     run = make("KS", lrs=(1e-2, 1e-3, 1e-4))
     stages.run_stages(run)
     assert _result(run)["choice"]["lr"] == 1e-3
     assert _result(run)["metrics"]["KS acc"] == pytest.approx(40)
 
 
-def test_learning_rate_of_an_error_rate_is_the_lowest_on_dev(make, monkeypatch):
+def test_learning_rate_of_an_error_rate_is_the_lowest_on_dev(make, fake_runner):
     scores = {"lr1e-02": 0.2, "lr1e-03": 0.8}
-    FakeRunner(monkeypatch, dev=lambda e: scores[e.name])
+    fake_runner(dev=lambda e: scores[e.name])
     run = make("PR", lrs=(1e-2, 1e-3))
     stages.run_stages(run)
     assert _result(run)["choice"]["lr"] == 1e-2
 
 
-def test_emotion_is_the_mean_of_five_folds(make, monkeypatch):
+def test_emotion_is_the_mean_of_five_folds(make, fake_runner):
     accuracy = {f"fold{n}": n / 10 for n in range(1, 6)}
-    fake = FakeRunner(monkeypatch, test=lambda c: accuracy[c.parent.name])
+    fake = fake_runner(test=lambda c: accuracy[c.parent.name])
     run = make("ER")
     stages.run_stages(run)
     assert _result(run)["metrics"]["ER acc"] == pytest.approx(30)
@@ -258,9 +135,9 @@ def test_emotion_is_the_mean_of_five_folds(make, monkeypatch):
     assert "test_fold: fold3" in (run.folder / "lr1e-04" / "fold3" / "config.yaml").read_text()
 
 
-def test_verification_takes_the_best_of_all_saved_checkpoints(make, monkeypatch):
+def test_verification_takes_the_best_of_all_saved_checkpoints(make, fake_runner):
     eer = {"states-2.ckpt": 0.1, "states-4.ckpt": 0.3}
-    fake = FakeRunner(monkeypatch, test=lambda c: eer[c.name])
+    fake = fake_runner(test=lambda c: eer[c.name])
     run = make("ASV")
     stages.run_stages(run)
     assert _result(run)["metrics"] == {"EER": pytest.approx(10)}
@@ -278,8 +155,8 @@ def test_verification_takes_the_best_of_all_saved_checkpoints(make, monkeypatch)
     assert [call[call.index("-e") + 1][-13:] for call in fake.calls[tested:]] == ["states-4.ckpt"]
 
 
-def test_query_by_example_tests_the_layer_that_is_best_on_dev(make, monkeypatch):
-    fake = FakeRunner(monkeypatch, test=lambda e: e.name.startswith("layer2"), layers=3)
+def test_query_by_example_tests_the_layer_that_is_best_on_dev(make, fake_runner):
+    fake = fake_runner(test=lambda e: e.name.startswith("layer2"), layers=3)
     run = make("QbE")
     stages.run_stages(run)
     result = _result(run)
@@ -288,17 +165,17 @@ def test_query_by_example_tests_the_layer_that_is_best_on_dev(make, monkeypatch)
     assert splits == [("0", "dev"), ("1", "dev"), ("2", "dev"), ("2", "test")]
 
 
-def test_training_that_never_got_better_on_dev_takes_the_last_checkpoint(make, monkeypatch, caplog):
-    fake = FakeRunner(monkeypatch)
-    monkeypatch.setattr(fake, "_train", lambda run, _, option: _save(Path(option["-p"]) / "states-4.ckpt", 4, 0.0))
+def test_training_that_never_got_better_on_dev_takes_the_last_checkpoint(make, monkeypatch, caplog, fake_runner):
+    fake = fake_runner()
+    monkeypatch.setattr(fake, "_train", lambda run, _, option: fake.save(Path(option["-p"]) / "states-4.ckpt", 4, 0.0))
     run = make("KS")
     stages.run_stages(run)
     assert _result(run)["choice"]["checkpoints"][""].endswith("states-4.ckpt")
     assert "no update got better on dev" in caplog.text
 
 
-def test_several_gpus_take_the_place_of_accumulated_batches(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_several_gpus_take_the_place_of_accumulated_batches(make, fake_runner):
+    fake = fake_runner()
     run = make("SID", nproc=4, settings={"runner.gradient_accumulate_steps": 4})
     assert configuration.effective(run)["runner"]["gradient_accumulate_steps"] == 1
     with pytest.raises(ConfigError, match="4 batches of 4 utterances, which 3 GPUs cannot share evenly"):
@@ -347,8 +224,8 @@ def test_torchrun_hands_the_rank_to_the_stock_program(monkeypatch):
 # ---------------------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_training_with_other_hyperparameters_is_not_gone_on_with(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_a_training_with_other_hyperparameters_is_not_gone_on_with(make, fake_runner):
+    fake = fake_runner()
     run = make("KS")
     fake.fail_at = 4
     with pytest.raises(RunFailed):
@@ -364,8 +241,8 @@ def test_a_training_with_other_hyperparameters_is_not_gone_on_with(make, monkeyp
         stages.run_stages(replace(bigger, settings={**bigger.settings, "runner.total_steps": 2}))
 
 
-def test_missing_package_names_the_extra_before_any_work(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_missing_package_names_the_extra_before_any_work(make, fake_runner):
+    fake = fake_runner()
     lacking = replace(TASKS["KS"], packages=(Package("no_such_package_at_all", "no-such-package"),))
     run = replace(make("KS"), task=lacking)
     with pytest.raises(MissingPackage, match=r"no-such-package: pip install no-such-package"):
@@ -373,15 +250,15 @@ def test_missing_package_names_the_extra_before_any_work(make, monkeypatch):
     assert not fake.calls
 
 
-def test_unknown_upstream_gets_the_nearest_and_not_the_whole_hub(make, monkeypatch):
-    FakeRunner(monkeypatch)
+def test_unknown_upstream_gets_the_nearest_and_not_the_whole_hub(make, fake_runner):
+    fake_runner()
     with pytest.raises(UnknownUpstream, match="among its 202; did you mean hubert") as error:
         stages.run_stages(make("KS", upstream="hubertt"))
     assert "x17" not in str(error.value) and isinstance(error.value, UnknownTask)
 
 
-def test_unknown_feature_is_refused_for_s3prl_would_take_another(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_unknown_feature_is_refused_for_s3prl_would_take_another(make, fake_runner):
+    fake = fake_runner()
     with pytest.raises(
         UnknownUpstream, match="--feature nosuch: fbank gives no such feature .* it gives hidden_states"
     ):
@@ -390,10 +267,10 @@ def test_unknown_feature_is_refused_for_s3prl_would_take_another(make, monkeypat
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_no_gpu_is_told_in_one_line_before_anything(make, monkeypatch, capsys):
+def test_no_gpu_is_told_in_one_line_before_anything(make, capsys, fake_runner):
     from s3prl_speaker_upstreams.superb.__main__ import main
 
-    fake = FakeRunner(monkeypatch)
+    fake = fake_runner()
     run = make("KS")
     assert main(["run", "KS", "fbank", "--data", str(run.corpus), "--exp", str(run.exp)]) == 1
     message = capsys.readouterr().err
@@ -403,22 +280,22 @@ def test_no_gpu_is_told_in_one_line_before_anything(make, monkeypatch, capsys):
     assert "torch knows no such device" in capsys.readouterr().err
 
 
-def test_too_little_disk_is_told_before_training(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_too_little_disk_is_told_before_training(make, monkeypatch, fake_runner):
+    fake = fake_runner()
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: argparse.Namespace(free=2**20))
     with pytest.raises(NoSpaceLeft, match="GiB free"):
         stages.run_stages(make("ASR"))
     assert not fake.calls
 
 
-def test_paths_that_the_override_option_cannot_carry_are_refused(make, monkeypatch, tmp_path):
-    FakeRunner(monkeypatch)
+def test_paths_that_the_override_option_cannot_carry_are_refused(make, tmp_path, fake_runner):
+    fake_runner()
     with pytest.raises(ConfigError, match="cannot carry"):
         stages.run_stages(make("KS", exp=tmp_path / "a=b"))
 
 
-def test_a_run_that_another_process_holds_is_left_alone(make, monkeypatch):
-    FakeRunner(monkeypatch)
+def test_a_run_that_another_process_holds_is_left_alone(make, fake_runner):
+    fake_runner()
     run = make("KS")
     with Work(run).alone(run.folder / "lr1e-04"), pytest.raises(Busy, match="in use by another process"):
         stages.run_stages(run)
@@ -433,8 +310,8 @@ def test_a_checkpoint_that_could_run_code_is_not_loaded_nor_moved(tmp_path):
     assert path.is_file()
 
 
-def test_evaluation_that_printed_no_score_is_an_error(make, monkeypatch):
-    fake = FakeRunner(monkeypatch)
+def test_evaluation_that_printed_no_score_is_an_error(make, fake_runner):
+    fake = fake_runner()
     run = make("KS")
     stages.run_stages(run, ["check", "prepare", "train", "choose", "evaluate"])
     (run.folder / "lr1e-04" / "test.log").write_text("Traceback\n")
@@ -443,8 +320,8 @@ def test_evaluation_that_printed_no_score_is_an_error(make, monkeypatch):
     assert fake.calls and not (run.folder / "result.json").exists()
 
 
-def test_a_checkout_must_be_one(make, monkeypatch, tmp_path):
-    FakeRunner(monkeypatch)
+def test_a_checkout_must_be_one(make, tmp_path, fake_runner):
+    fake_runner()
     with pytest.raises(ConfigError, match="not a checkout of s3prl"):
         stages.run_stages(make("KS", s3prl_root=tmp_path))
 
@@ -505,8 +382,8 @@ def test_a_killed_stage_leaves_no_runner_behind(tmp_path):
 
 
 @pytest.fixture()
-def scored(make, monkeypatch):
-    fake = FakeRunner(monkeypatch, test=lambda c: 0.25, layers=3)
+def scored(make, fake_runner):
+    fake = fake_runner(test=lambda c: 0.25, layers=3)
     runs = [make("KS"), make("ER"), make("KS", tag="other_upstream")]
     for run in runs:
         stages.run_stages(run)
