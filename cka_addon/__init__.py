@@ -33,6 +33,8 @@ _WHERE = {
     "plot_layer_weight_map": "plots",
     "read_layer_weights": "layer_weights",
     "write_report": "report",
+    "probe": "probe",
+    "ProbeResult": "probe.result",
     "CkaError": "errors",
 }
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "FeatureStore",
     "Model",
     "Options",
+    "ProbeResult",
     "cka_matrix",
     "compute",
     "dump",
@@ -56,6 +59,7 @@ __all__ = [
     "plot_layer_weight_map",
     "plot_layer_weights",
     "plot_lines",
+    "probe",
     "read_layer_weights",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""The command `cka-addon`: dump, compute, merge, plot, report, layer-weights, info, verify."""
+"""The command `cka-addon`: dump, compute, merge, plot, report, layer-weights, probe, info, verify."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cka_addon.config import add_arguments, from_args
 from cka_addon.options import DumpOptions, Inputs, Options
+from cka_addon.probe import cli as probe_cli
 from cka_addon.spec import SPEC_HELP
 
 logger = logging.getLogger("cka_addon")
@@ -142,6 +143,9 @@ example:
     p.add_argument("--title", default="Layer-wise similarity (linear CKA)")
     p.add_argument("--weights", nargs="*", default=[], metavar="[TASK=]PATH", help="also show these layer weights")
 
+    p = add("probe", probe_cli.HELP, _MODEL_HELP + "\n" + probe_cli.EPILOG)
+    probe_cli.add_arguments(p)
+
     p = add("info", "Say what a feature store, a result or a shard holds.")
     p.add_argument("path", metavar="PATH")
     p.add_argument("--json", action="store_true", help="as JSON")
@@ -166,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plot": _plot,
         "layer-weights": _layer_weights,
         "report": _report,
+        "probe": probe_cli.run,
         "info": _info,
         "verify": _verify,
     }[args.command]

@@ -15,6 +15,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from cka_addon.store import FeatureStore, format_bytes
 logger = logging.getLogger(__name__)
 
 BLOCK = 16  # utterances
+GIVE_UP_AFTER = 20  # failures in a row: then it is the model or the folder, not a file
 
 
 @dataclass
@@ -417,74 +419,87 @@ def gather(
     return {p.name: Gathered(p, out / "examples" / p.folder(), infos, done[p.name]) for p in properties}
 
 
-def _block(block, missing, change, reader: Reader, per_utterance, seed, skip, failures: int, tick) -> int:
-    from safetensors.torch import save_file
+@dataclass
+class _Held:
+    """Examples of one property in one block, until they are written."""
 
+    layers: list[list[Tensor]] = field(default_factory=list)
+    utterances: list[str] = field(default_factory=list)
+    values: list[str | float] = field(default_factory=list)
+    types: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    counts: units.Counts = field(default_factory=units.Counts)
+
+    def save(self, path: Path, names: Sequence[str]) -> None:
+        """Write the block; one without examples has an empty tensor, safetensors wants something to hold."""
+        from safetensors.torch import save_file
+
+        tensors = {"empty": torch.zeros(0)}
+        if self.layers:
+            tensors = {n: torch.cat([row[i] for row in self.layers]).cpu() for i, n in enumerate(names)}
+        about = {k: getattr(self, k) for k in ("utterances", "values", "types", "times", "left_out")}
+        save_file(tensors, str(path), metadata={"probe": json.dumps({**about, "counts": dict(self.counts.found)})})
+
+
+def _block(
+    block: Sequence[str],
+    missing: Sequence[tuple[Property, Path]],
+    change: str | None,
+    reader: Reader,
+    per_utterance: int | None,
+    seed: int,
+    skip: bool,
+    failures: int,
+    tick: Callable[[], object],
+) -> int:
+    """Make the missing files of one block; the number of recordings that failed in a row, which it goes on counting."""
     infos = reader.infos
     names = [f"{i.name}/{layer}" for i in infos for layer in i.layers]
-    held: dict[str, dict] = {
-        p.name: {
-            "utterances": [],
-            "values": [],
-            "types": [],
-            "times": [],
-            "left_out": {},
-            "layers": [],
-            "counts": units.Counts(),
-        }
-        for p, _ in missing
-    }
+    held = {p.name: _Held() for p, _ in missing}
     for utterance in block:
         wanted = [p for p, _ in missing if utterance in p.names]
+        picked: dict[str, _Picked | None] = {}
         try:
             layers, seconds = reader.read(utterance, change) if wanted else ([], 0.0)
-            picked = {}
             for prop in wanted:
-                frames = [len(model[0]) for model in layers]
                 picked[prop.name] = pick(
                     prop,
                     utterance,
                     infos,
-                    frames,
+                    [len(model[0]) for model in layers],
                     seconds,
-                    lambda u=utterance: reader.wav(u),
+                    partial(reader.wav, utterance),
                     per_utterance=per_utterance,
                     seed=seed,
-                    counts=held[prop.name]["counts"],
+                    counts=held[prop.name].counts,
                 )
         except (AudioError, NonFinite) as error:
             if not skip:
                 raise
             failures += 1
-            if failures >= 20:
-                raise ProbeError(f"20 recordings failed, last '{utterance}': {error}; check model and audio") from error
+            if failures >= GIVE_UP_AFTER:
+                raise ProbeError(
+                    f"{failures} recordings failed in a row, last '{utterance}': {error}; check the model and the audio"
+                ) from error
             logger.warning("left out %s: %s", utterance, error)
             for prop in wanted:
-                held[prop.name]["left_out"][utterance] = f"{type(error).__name__}: {error}"
+                held[prop.name].left_out[utterance] = f"{type(error).__name__}: {error}"
             continue
         finally:
             tick()
+        failures = 0
         for prop in wanted:
-            chosen = picked[prop.name]
+            chosen, mine = picked[prop.name], held[prop.name]
             if chosen is None:
                 continue
-            mine = held[prop.name]
-            mine["layers"].append([x for m, model in enumerate(layers) for x in chosen.take(m, model)])
-            mine["utterances"] += [utterance] * len(chosen.values)
-            mine["values"] += chosen.values
-            mine["types"] += chosen.types
-            mine["times"] += [round(float(t), 6) for t in chosen.times]
+            mine.layers.append([x for m, model in enumerate(layers) for x in chosen.take(m, model)])
+            mine.utterances += [utterance] * len(chosen.values)
+            mine.values += chosen.values
+            mine.types += chosen.types
+            mine.times += [round(float(t), 6) for t in chosen.times]
     for prop, path in missing:
-        mine = held[prop.name]
-        tensors = (
-            {n: torch.cat([row[i] for row in mine["layers"]]).cpu() for i, n in enumerate(names)}
-            if mine["layers"]
-            else {}
-        )
-        about = {k: mine[k] for k in ("utterances", "values", "types", "times", "left_out")}
-        metadata = {"probe": json.dumps({**about, "counts": dict(mine["counts"].found)})}
-        tensors = tensors or {"empty": torch.zeros(0)}
-        provenance.write_atomically(path, lambda t, x=tensors, m=metadata: save_file(x, str(t), metadata=m))
+        provenance.write_atomically(path, partial(held[prop.name].save, names=names))
     return failures
 
 

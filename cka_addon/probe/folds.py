@@ -130,19 +130,19 @@ def make_folds(
 
 def class_warnings(fold: np.ndarray, labels: Sequence[str]) -> list[str]:
     """What the folds do to rare classes: those that some training part lacks, and those that are never tested."""
-    labels = np.asarray(labels).astype(str)
-    classes = set(labels)
+    names = np.asarray(labels).astype(str)
+    classes = set(names.tolist())
     notes = []
     untrained: Counter[str] = Counter()
     for f in sorted(set(fold.tolist()) - {-1}):
-        here = Counter(labels[fold == f].tolist())
-        missing = set(here) - set(labels[fold != f].tolist())
+        here = Counter(names[fold == f].tolist())
+        missing = set(here) - set(names[fold != f].tolist())
         untrained.update({c: here[c] for c in missing})
     if untrained:
         notes.append(
             f"{len(untrained)} classes are tested without having been trained on ({sum(untrained.values())} examples, "
             f"counted as wrong): {', '.join(sorted(untrained)[:5])}"
         )
-    if never := sorted(classes - set(labels[fold >= 0].tolist())):
+    if never := sorted(classes - set(names[fold >= 0].tolist())):
         notes.append(f"{len(never)} classes are in training only, never tested: {', '.join(never[:5])}")
     return notes

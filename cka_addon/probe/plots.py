@@ -6,7 +6,7 @@ Every function takes `ax` or makes a figure, and returns (figure, axes). `cka_ad
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def plot_curves(
     properties: Sequence[str] | None = None,
     *,
     probe: str = "linear",
-    ax: Sequence[Axes] | None = None,
+    ax: Any = None,
 ) -> tuple[Figure, np.ndarray]:
     """One panel per property: every model over its layers with its interval, the untrained twin, FBANK and chance.
 
@@ -66,7 +66,8 @@ def plot_curves(
             untrained = model not in trained
             x = np.arange(len(curve)) / max(1, len(curve) - 1) if by_depth else np.arange(len(curve))
             y = np.array([r["value"] for r in curve])
-            colour = f"C{(trained.index(_of(model, trained)) if untrained and _of(model, trained) else k) % 10}"
+            twin = _of(model, trained) if untrained else None
+            colour = f"C{(k if twin is None else trained.index(twin)) % 10}"
             style = {"linestyle": "--", "marker": "", "alpha": 0.8} if untrained else {"marker": "o", "markersize": 4}
             panel.plot(x, y, label=model, color=colour, linewidth=1.5, **style)
             if not untrained and curve[0]["lower"] is not None:

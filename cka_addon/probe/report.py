@@ -66,7 +66,7 @@ def report_section(result: ProbeResult) -> str:
     settings = result.details["settings"]
     parts.append(
         f'<p class="note">Linear probes on frozen layers, {settings["folds"]} folds of whole groups, intervals of '
-        f"{settings['confidence']:.0%} by bootstrap over groups; differences between layers are paired and corrected for "
+        f"{settings['confidence']:.0%} by bootstrap over groups; differences between layers are paired, corrected for "
         "their number. Control task: random labels of types (Hewitt and Liang); selectivity is the score less that.</p>"
     )
     parts.append(_svg(plot_curves(result, probe=settings["probes"][0])[0]))
@@ -105,4 +105,8 @@ def write_report(result: ProbeResult, path: str | Path, *, title: str = "What ea
 <h2>Provenance</h2><details><summary>everything that made these numbers</summary><pre>{shown}</pre></details>
 </body></html>
 """
-    return provenance.write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(page, encoding="utf-8")
+
+    return provenance.write_atomically(path, write)

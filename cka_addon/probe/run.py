@@ -124,7 +124,7 @@ def probe(
         _add_types(properties, control_types, reader.ids, announce)
     check_units(properties, reader.infos, reader.stores)
     _check_audio(properties, reader)
-    group_of, by = _groups(group, properties, reader.ids, known, announce)
+    group_of, by = _groups(group, properties, reader.ids, known, reader.recordings, announce)
     within_of = None if within is None else _mapping(within, reader.ids, known, "within")
     pairs = [vectors.parse(a, names) for a in against]
     for p in properties:
@@ -357,7 +357,15 @@ def _check_audio(properties: Sequence[Property], reader: Reader) -> None:
             raise LabelError(f"{prop.name}: computed from recordings, a store has none; give them: --audio")
 
 
-def _groups(group, properties: Sequence[Property], ids: Sequence[str], known, announce) -> tuple[dict[str, str], str]:
+def _groups(
+    group: str | Mapping[str, str] | None,
+    properties: Sequence[Property],
+    ids: Sequence[str],
+    known: Sequence[Path],
+    recordings: Mapping[str, audio.Recording],
+    announce: Callable[[str], None],
+) -> tuple[dict[str, str], str]:
+    """Recording -> group, and what groups are: as asked, else the speaker (labels, list, path), else the utterance."""
     if group is not None:
         name = group if isinstance(group, str) else "group"
         return _mapping(group, ids, known, "group"), name.rpartition(":")[2]
@@ -369,6 +377,9 @@ def _groups(group, properties: Sequence[Property], ids: Sequence[str], known, an
             return _mapping("speaker", ids, known, "group"), "speaker"
         except LabelError as error:
             announce(f"the column speaker cannot group: {error}")
+    listed = {u: r.speaker for u, r in recordings.items() if r.speaker}
+    if set(listed) >= set(ids):
+        return {u: listed[u] for u in ids}, "speaker"
     try:
         found = speakers_of(ids)
     except LabelError as error:
@@ -479,13 +490,13 @@ def _answer(file: Path, question: solve.Question, model: str, layer: str, width:
             return solve.Answer(data["sums"], control, meta["strengths"], meta["how"], meta["bits"], meta["uniform"])
     made_now = solve.answer(question, model, layer, width, kind)
     meta = {k: getattr(made_now, k) for k in ("strengths", "how", "bits", "uniform")}
-    arrays = {"sums": made_now.sums, "meta": np.array(json.dumps(meta))}
-    if made_now.control is not None:
-        arrays["control"] = made_now.control
 
     def write(path: Path) -> None:
         with open(path, "wb") as handle:
-            np.savez(handle, **arrays)
+            if made_now.control is None:
+                np.savez(handle, sums=made_now.sums, meta=np.array(json.dumps(meta)))
+            else:
+                np.savez(handle, sums=made_now.sums, control=made_now.control, meta=np.array(json.dumps(meta)))
 
     provenance.write_atomically(file, write)
     return made_now

@@ -63,9 +63,10 @@ def read_vectors(path: str | Path, wanted: set[str]) -> dict[str, np.ndarray]:
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as data:
             if set(data.files) >= {"names", "vectors"}:
-                pairs = zip(data["names"].astype(str).tolist(), np.asarray(data["vectors"], np.float64), strict=True)
+                rows = np.asarray(data["vectors"], np.float64)
+                pairs = list(zip(data["names"].astype(str).tolist(), rows, strict=True))
             else:
-                pairs = ((n, np.asarray(data[n], np.float64).reshape(-1)) for n in data.files)
+                pairs = [(n, np.asarray(data[n], np.float64).reshape(-1)) for n in data.files]
             found = {keys[n.lower()]: v for n, v in pairs if n.lower() in keys}
     else:
         with open(path, encoding="utf-8", errors="replace") as file:
