@@ -19,7 +19,7 @@ from s3prl_speaker_upstreams.errors import SpeakerUpstreamError
 
 __all__ = ["COMMANDS", "main"]
 
-PACKAGE = __name__.rpartition(".")[0]
+PACKAGE = __package__ or "s3prl_speaker_upstreams"  # __name__ is "__main__" under python -m
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
 from s3prl_speaker_upstreams.data.datasets import BatchSampler, Loader, MultiCropDataset, measure_loader
 from s3prl_speaker_upstreams.data.manifest import build_manifest
 from s3prl_speaker_upstreams.ecapa import DIALECTS, SpeakerEncoder
-from s3prl_speaker_upstreams.verification.scoring import eer
+from s3prl_speaker_upstreams.verification.metrics import eer
 
 
 def median_us(work, repeats: int = 200) -> float:

@@ -25,19 +25,15 @@ import torch
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.data.datasets import MultiCropDataset
 from s3prl_speaker_upstreams.ecapa import Frontend, SpeakerEncoder
-from s3prl_speaker_upstreams.pretrain.assemble import embed_with, make_augmenter, make_manifest
+from s3prl_speaker_upstreams.pretrain.assemble import make_augmenter, make_manifest
 from s3prl_speaker_upstreams.pretrain.checkpointing import CheckpointStore
 from s3prl_speaker_upstreams.pretrain.config import PretrainConfig
 from s3prl_speaker_upstreams.pretrain.export import encoder_of, find_checkpoint, recalibrate_encoder
 from s3prl_speaker_upstreams.pretrain.tasks import model_configs
-from s3prl_speaker_upstreams.verification.evaluate import (
-    digits_test,
-    evaluate_digits,
-    fbank_statistics,
-    table,
-    write_rows,
-)
+from s3prl_speaker_upstreams.verification.digits import digits_test, evaluate_digits
+from s3prl_speaker_upstreams.verification.embedding import embed_with, fbank_statistics
 from s3prl_speaker_upstreams.verification.plots import plot_training, save_plot
+from s3prl_speaker_upstreams.verification.tables import table, write_rows
 
 CURVES = ("loss", "kl", "teacher_entropy", "marginal_entropy", "effective_dimension", "embedding_spread")
 

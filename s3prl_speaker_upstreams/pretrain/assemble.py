@@ -20,7 +20,7 @@ from .distributed import is_main, rank, world_size
 from .tasks import model_configs
 from .trainer import Trainer, pick_device, start_distributed
 
-__all__ = ["build_trainer", "embed_with", "make_augmenter", "make_manifest"]
+__all__ = ["build_trainer", "make_augmenter", "make_manifest"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,33 +137,35 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
     return loader, sampler.batches_per_epoch, classes
 
 
-def embed_with(encoder: SpeakerEncoder, batch: int = 16) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """``encoder`` as a function from a list of 1-D float32 arrays to ``(utterances, dim)`` embeddings."""
+def find_trials(config: PretrainConfig) -> tuple[str, str]:
+    """Trial list and folder of its recordings, ("", "") without one; ConfigError if recordings are missing."""
+    if config.eval.trials is None:
+        return "", ""
+    from ..verification.evaluate import find_recordings
 
-    @torch.inference_mode()
-    def embed(wavs: list[np.ndarray]) -> np.ndarray:
-        encoder.eval()
-        rows = []
-        for start in range(0, len(wavs), batch):
-            part = [torch.from_numpy(np.ascontiguousarray(w, dtype=np.float32)) for w in wavs[start : start + batch]]
-            rows.append(encoder(part, outputs=("embedding",))["embedding"].numpy())
-        return np.concatenate(rows)
-
-    return embed
+    root = config.eval.root or str(Path(config.eval.trials).parent)
+    find_recordings(config.eval.trials, root)
+    return config.eval.trials, root
 
 
-def make_evaluation(config: PretrainConfig) -> Callable[[SpeakerEncoder], dict[str, float]] | None:
-    """Verification on ``eval.trials`` with cosine scores after mean subtraction, or None without a trial list."""
+def make_evaluation(config: PretrainConfig, manifest: Any) -> Callable[[SpeakerEncoder], dict[str, float]] | None:
+    """Verification on ``eval.trials``, or None without a trial list; all processes call it, and share the work.
+
+    By cosine, plain (``eer``) and after the mean of 300 recordings of the training speech was subtracted
+    (``mean_eer``), on the run's device.
+    """
     if config.eval.trials is None:
         return None
-    from ..verification.evaluate import find_recordings, verification
+    from ..verification.evaluate import choose_cohort, verification
+    from ..verification.parallel import Ranks
 
-    trials, root = config.eval.trials, config.eval.root or str(Path(config.eval.trials).parent)
-    find_recordings(trials, root)  # a wrong list is found now, not hours later at the first evaluation
+    trials, root = find_trials(config)
+    cohort = manifest.subset(choose_cohort(manifest, 300))
+    device = pick_device(config.run.device)
 
     def evaluate(encoder: SpeakerEncoder) -> dict[str, float]:
-        result = verification(embed_with(encoder), trials, root)
-        return {k: v for k, v in result.items() if isinstance(v, float)}
+        result = verification(encoder, trials, root, cohort=cohort, device=device, ranks=Ranks.current())
+        return {k: v for k, v in result.items() if isinstance(v, float) and not k.startswith("asnorm")}
 
     return evaluate
 
@@ -172,7 +174,7 @@ def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bo
     """Everything of a run, in this process; joins torchrun's group first."""
     device = pick_device(config.run.device)
     start_distributed(device)
-    evaluate = make_evaluation(config)
+    find_trials(config)  # a wrong list is found now, not hours later at the first evaluation
     manifest = make_manifest(config)
     loader, batches, classes = make_loader(config, manifest)
     data = {
@@ -192,6 +194,6 @@ def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bo
         batches_per_epoch=batches,
         classes=classes,
         data=data,
-        evaluate=evaluate,
+        evaluate=make_evaluation(config, manifest),
         changed_config=changed_config,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -73,36 +72,15 @@ def _entry(method: str) -> str:
     return "ecapa_dino_local" if method == "dino" else "ecapa_tdnn_local"
 
 
-def _encoder(source: str, which: str, role: str | None) -> Any:
-    """A run's folder or checkpoint, or a file of any readable format."""
-    from ..checkpoints import load_encoder
+def _open_run(source: str, which: str, role: str | None) -> Any:
+    """Encoder of a run's folder or checkpoint; None if ``source`` is something else."""
+    path = Path(source)
+    if not ((path / "checkpoints").is_dir() or (path.name.startswith("step_") and path.suffix == ".pt")):
+        return None
     from .checkpointing import CheckpointStore
     from .export import encoder_of, find_checkpoint
 
-    path = Path(source)
-    if (path / "checkpoints").is_dir() or (path.name.startswith("step_") and path.suffix == ".pt"):
-        return encoder_of(CheckpointStore.load(find_checkpoint(path, which)), role)[0]
-    return load_encoder(source, role=role) if role else load_encoder(source)
-
-
-def _evaluate(args: argparse.Namespace) -> int:
-    from ..verification.evaluate import verification
-    from .assemble import embed_with
-
-    encoder = _encoder(args.checkpoint, args.which, args.role)
-    options: dict[str, Any] = {}
-    if args.cohort:
-        options["cohort"] = args.cohort
-    result = verification(
-        embed_with(encoder, args.batch), args.trials, args.root or Path(args.trials).parent, **options
-    )
-    text = json.dumps({"checkpoint": str(args.checkpoint), "trials": str(args.trials), **result}, indent=2, default=str)
-    if args.out:
-        from ..common.files import write_text
-
-        write_text(args.out, text + "\n")
-    sys.stdout.write(text + "\n")
-    return 0
+    return encoder_of(CheckpointStore.load(find_checkpoint(path, which)), role)[0]
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -143,6 +121,7 @@ def _average(args: argparse.Namespace) -> int:
 
 def add_parsers(subparsers: Any) -> None:
     """Add this area's verbs to ``argparse`` subparsers; each sets ``func(args) -> exit code``."""
+    from ..verification import cli as verification_cli
     from .config import PRESETS
 
     formatter = argparse.RawDescriptionHelpFormatter
@@ -174,21 +153,7 @@ def add_parsers(subparsers: Any) -> None:
     p.add_argument("--show", action="store_true", help="print the effective configuration as YAML and stop")
     p.set_defaults(func=_pretrain)
 
-    p = subparsers.add_parser(
-        "evaluate",
-        help="EER and minDCF of a checkpoint on a trial list",
-        description="Verification by cosine scores: plain, after mean subtraction and, with --cohort, after AS-norm.",
-        formatter_class=formatter,
-    )
-    p.add_argument("checkpoint", help="a run's folder, or a checkpoint of any readable format")
-    p.add_argument("trials", help="trial list: 'label enrol test' a line, label 1 for the same speaker")
-    p.add_argument("--root", metavar="FOLDER", help="folder of the audio; default: the list's")
-    p.add_argument("--cohort", metavar="FOLDER|LIST", help="speech of other speakers: mean subtraction and AS-norm")
-    p.add_argument("--which", default="newest", help="newest, best or a step, for a run's folder")
-    p.add_argument("--role", choices=("teacher", "student", "supervised"), help="default: teacher for DINO")
-    p.add_argument("--batch", type=int, default=16, help="utterances embedded at once")
-    p.add_argument("--out", metavar="JSON", help="also write the result here")
-    p.set_defaults(func=_evaluate)
+    verification_cli.add_parsers(subparsers, _open_run)
 
     p = subparsers.add_parser(
         "export",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ecapa.layers import always_batch_statistics
 from ..errors import SpeakerUpstreamError
+from ..verification.metrics import effective_dimension
 from .config import CollapseConfig, DinoConfig
 from .distributed import gather_rows, sum_over_ranks_, world_size
 
@@ -209,18 +210,6 @@ def rdino_regularisation(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tens
     return (std_s + std_t) / 2, cov_s + cov_t
 
 
-def effective_dimension(x: Tensor) -> float:
-    """How many directions ``x : (rows, dim)`` fills: exp of the entropy of its covariance's normalised eigenvalues.
-
-    >>> round(effective_dimension(torch.eye(8)), 3)   # 8 points span 7 directions evenly
-    7.0
-    """
-    x = x.double() - x.double().mean(0)
-    power = torch.linalg.svdvals(x).square()
-    p = power / power.sum().clamp_min(1e-300)
-    return float(torch.exp(-(p * torch.log(p.clamp_min(1e-300))).sum()))
-
-
 def _entropy(p: Tensor) -> Tensor:
     return -(p * torch.log(p.clamp_min(1e-30))).sum(-1)
 
@@ -345,7 +334,7 @@ class Dino(nn.Module):
             "marginal_entropy": float(_entropy(self.marginal)),
             "kl": last["cross_entropy"] - last["teacher_entropy"],
             "embedding_spread": float(unit.std(0, unbiased=False).mean()) * math.sqrt(unit.shape[1]),
-            "effective_dimension": effective_dimension(rows),
+            "effective_dimension": effective_dimension(rows.detach().cpu()),
             "teacher_temp": self.teacher_temp,
         }
         out.update({k: last[k] for k in ("koleo", "variance", "covariance") if k in last})

@@ -558,9 +558,9 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         if self.evaluate is None:
             return {}
-        result: dict[str, float] = {}
+        # On all processes: they share the recordings, and none waits for another's work in a collective.
+        result = {k: float(v) for k, v in self.evaluate(self.task.encoder()).items()}
         if is_main():
-            result = {k: float(v) for k, v in self.evaluate(self.task.encoder()).items()}
             self._log({"step": self.step, **result})
             logger.info("step %d: %s", self.step, ", ".join(f"{k} {v:.4f}" for k, v in result.items()))
         result = self._gather(result)[0]  # all processes must agree on whether this is the best

@@ -19,7 +19,7 @@ import numpy as np
 
 from s3prl_speaker_upstreams.common.files import write_text, write_whole
 from s3prl_speaker_upstreams.errors import ConfigError, MissingPackage
-from s3prl_speaker_upstreams.verification.scoring import det_curve, eer, eer_threshold
+from s3prl_speaker_upstreams.verification.metrics import det_curve, eer, eer_threshold
 
 __all__ = ["plot_det", "plot_embeddings", "plot_scores", "plot_training", "project", "read_log", "save_plot"]
 
@@ -280,6 +280,7 @@ def plot_det(curves: Mapping[str, tuple], *, ax=None):
 def save_plot(figure, path: str | os.PathLike, rows: Iterable[Mapping] | None = None, dpi: int = 130) -> Path:
     """Write a picture (the suffix of ``path`` says which kind) and ``rows`` beside it as csv, each whole or not at all.
 
+    >>> import tempfile
     >>> figure, _ = plot_scores([2.0, 1.5, 0.1, 0.3], [1, 1, 0, 0])
     >>> save_plot(figure, Path(tempfile.mkdtemp()) / "scores.png", [{"score": 2.0}]).name
     'scores.png'

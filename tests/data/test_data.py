@@ -375,7 +375,14 @@ def test_random_numbers_are_the_same_everywhere():
 
 
 def test_neither_torch_nor_s3prl_is_needed_to_import():
-    modules = ("data.manifest", "data.augment", "data.datasets", "verification.scoring", "verification.evaluate")
+    modules = (
+        "data.manifest",
+        "data.augment",
+        "data.datasets",
+        "verification.scoring",
+        "verification.evaluate",
+        "verification.digits",
+    )
     modules += ("verification.plots", "common.audio", "common.config", "common.digests", "common.files")
     names = ", ".join(f"s3prl_speaker_upstreams.{name}" for name in modules)
     heavy = "('torch', 's3prl', 'sklearn', 'matplotlib')"

@@ -11,18 +11,11 @@ import soundfile
 
 from s3prl_speaker_upstreams.data.manifest import Manifest, build_manifest
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.verification.evaluate import (
-    digits_test,
-    embed_all,
-    embed_files,
-    evaluate_digits,
-    fbank_statistics,
-    split_recordings,
-    table,
-    verification,
-    write_rows,
-)
-from s3prl_speaker_upstreams.verification.scoring import Trials
+from s3prl_speaker_upstreams.verification.digits import digits_test, evaluate_digits, split_recordings
+from s3prl_speaker_upstreams.verification.embedding import embed_all, embed_files, fbank_statistics
+from s3prl_speaker_upstreams.verification.evaluate import verification
+from s3prl_speaker_upstreams.verification.tables import table, write_rows
+from s3prl_speaker_upstreams.verification.trials import Trials
 
 RATE = 8000
 TONES = {"ann": 500.0, "bob": 900.0, "cas": 1400.0, "dan": 2000.0}

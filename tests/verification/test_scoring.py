@@ -7,24 +7,18 @@ import pytest
 
 from s3prl_speaker_upstreams.errors import ConfigError
 from s3prl_speaker_upstreams.verification import scoring
-from s3prl_speaker_upstreams.verification.scoring import (
-    WCCN,
-    Trials,
-    Whitening,
-    all_pairs,
+from s3prl_speaker_upstreams.verification.metrics import (
     bootstrap,
-    cosine,
     det_curve,
     eer,
     eer_threshold,
     effective_dimension,
     evaluate_scores,
     min_dcf,
-    read_trials,
-    score_pairs,
-    score_trials,
-    write_trials,
 )
+from s3prl_speaker_upstreams.verification.scoring import cosine_scores, score_pairs, score_trials
+from s3prl_speaker_upstreams.verification.transforms import WCCN, Whitening
+from s3prl_speaker_upstreams.verification.trials import Trials, all_pairs, read_trials, write_trials
 
 
 @pytest.mark.parametrize(
@@ -177,7 +171,7 @@ def test_cosine_scores_of_a_list():
     trials = Trials(np.array([1, 0, 0]), ("a", "a", "b"), ("b", "c", "c"))
     np.testing.assert_allclose(score_trials(trials, vectors), [np.sqrt(0.5), 0, -np.sqrt(0.5)], atol=1e-12)
     mean = np.array([1.0, 0.0])
-    expected = cosine(np.array([[2.0, 0.0]]), np.array([[0.0, 1.0]]))
+    expected = cosine_scores(np.array([[2.0, 0.0]]), np.array([[0.0, 1.0]]))
     assert score_trials(trials, vectors, mean=mean)[0] == pytest.approx(expected[0])
     with pytest.raises(ConfigError, match="1 of 3 recordings.*'c'"):
         score_trials(trials, {"a": vectors["a"], "b": vectors["b"]})
@@ -188,10 +182,10 @@ def test_as_norm_by_hand():
     x, cohort, pairs = rng.normal(size=(5, 4)), rng.normal(size=(30, 4)), np.array([[0, 1], [2, 3], [0, 4]])
     got = score_pairs(x, pairs, cohort=cohort, top_n=7)
     for (i, j), value in zip(pairs, got, strict=True):
-        score = float(cosine(x[[i]], x[[j]])[0])
+        score = float(cosine_scores(x[[i]], x[[j]])[0])
         sides = []
         for k in (i, j):
-            best = sorted((float(cosine(x[[k]], c[None])[0]) for c in cohort), reverse=True)[:7]
+            best = sorted((float(cosine_scores(x[[k]], c[None])[0]) for c in cohort), reverse=True)[:7]
             sides.append((score - np.mean(best)) / np.std(best))
         assert value == pytest.approx(np.mean(sides))
     # more than there are: the whole cohort
