@@ -28,7 +28,7 @@ class Command:
 
     help : its line in the list of commands
     modules : where its options are, below this package: each has ``add_parsers(subparsers)``, which sets every verb's
-        ``func``, or, for a command with ``own_options``, ``main(argv)``
+        ``func``, or, for a command with ``own_options``, ``main(argv, prog=...)``
     verbs : those of a group, in the order of its help; empty: the command is itself the verb of that name
     """
 
@@ -56,7 +56,11 @@ COMMANDS = {
         own_options=True,
     ),
     "doctor": Command("say what is installed and active, and what to do about each problem", ("doctor",)),
-    "demo": Command("demonstration corpora, from real or synthetic speech", ("demo",), own_options=True),
+    "demo": Command(
+        "demonstration corpora, from real or synthetic speech: corpus, speech, summary",
+        ("demo.corpora", "demo.speech"),
+        ("corpus", "speech", "summary"),
+    ),
 }
 
 # Verbs that stood alone before there were groups -> their group; they go on working.
@@ -121,13 +125,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is not None and command.own_options:
         if _parser(name).parse_args([*argv[:place], name]).quiet:
             logging.disable(logging.INFO)
-        return _guarded(name, lambda: _own_main(command)(argv[place + 1 :]))
+        return _guarded(name, lambda: _own_main(command)(argv[place + 1 :], prog=f"s3prl-speaker {name}"))
     args = _parser(name).parse_args(argv)
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(levelname)s %(message)s")
     return _guarded(name, lambda: args.func(args))
 
 
-def _own_main(command: Command) -> Callable[[list[str]], int]:
+def _own_main(command: Command) -> Callable[..., int]:
     """``main`` of what ``python -m`` runs for the command's module."""
     module = importlib.import_module(f"{PACKAGE}.{command.modules[0]}")
     if hasattr(module, "__path__"):

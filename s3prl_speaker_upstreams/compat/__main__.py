@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from s3prl_speaker_upstreams import compat
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], *, prog: str = "python -m s3prl_speaker_upstreams.compat") -> int:
     """Run ``argv[0]`` with the rest as its arguments; without any, write the table."""
     compat.install()
     if not argv:
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
             sys.stdout.write(f"{state:14s} {line.name}: {line.supplies} (gone: {line.removed_in})\n")
         return 0
     if argv[0].startswith("-"):
-        sys.stdout.write(__doc__)
+        sys.stdout.write((__doc__ or "").replace("python -m s3prl_speaker_upstreams.compat", prog))
         return 0 if argv[0] in ("-h", "--help") else 2
     import joblib
     import torchaudio

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
-from scipy.fft import irfft, next_fast_len, rfft
+import scipy  # its parts are loaded at first use
 
 from s3prl_speaker_upstreams.common.audio import read_audio, resample
 from s3prl_speaker_upstreams.data.bytecache import ByteCache
@@ -246,7 +246,7 @@ class Augmenter:
     def _channel(self, wav: np.ndarray, equaliser, band, limit: float | None) -> np.ndarray:
         config, samples = self.config, len(wav)
         # These responses ring for a few milliseconds; a margin keeps the end of the crop from reaching its beginning.
-        size = next_fast_len(samples + self.sample_rate // 32, real=True)
+        size = scipy.fft.next_fast_len(samples + self.sample_rate // 32, real=True)
         response = None if limit is None else _band_limit(size, self.sample_rate, float(limit))
         if equaliser is not None or band is not None:
             drawn = channel_response(
@@ -259,7 +259,7 @@ class Augmenter:
                 bins=size // 2 + 1,
             )
             response = drawn if response is None else response * drawn
-        out = irfft(rfft(wav, size) * response, size)[:samples]
+        out = scipy.fft.irfft(scipy.fft.rfft(wav, size) * response, size)[:samples]
         # A fresh array of the crop's own length: keeping a view would keep the padded buffer alive.
         return _at_level_of(wav, np.ascontiguousarray(out, dtype=np.float32))
 
@@ -381,7 +381,7 @@ class RirBank:
         longest = int((self.max_seconds + _LEAD_SECONDS) * self.sample_rate)
         item = self.files[index]
         length = min(int(np.ceil(item.samples * self.sample_rate / item.sample_rate)), longest)
-        size = next_fast_len(samples + length, real=True)
+        size = scipy.fft.next_fast_len(samples + length, real=True)
         spectrum = self._spectra.get((index, size))
         if spectrum is None:
             response, direct = self.impulse_response(index)
@@ -389,14 +389,14 @@ class RirBank:
             padded[: len(response) - direct] = response[direct:]
             if direct:
                 padded[-direct:] = response[:direct]  # what comes before the direct path is at negative times
-            spectrum = rfft(padded)
+            spectrum = scipy.fft.rfft(padded)
             self._spectra.put((index, size), spectrum)
         return spectrum, size
 
     def convolve(self, wav: np.ndarray, index: int) -> np.ndarray:
         """``wav`` (samples,) in room ``index``: (samples,) float32 of the same level."""
         spectrum, size = self.spectrum(index, len(wav))
-        out = irfft(rfft(wav, size) * spectrum, size)[: len(wav)]
+        out = scipy.fft.irfft(scipy.fft.rfft(wav, size) * spectrum, size)[: len(wav)]
         return _at_level_of(wav, np.ascontiguousarray(out, dtype=np.float32))
 
     def reverberate(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:

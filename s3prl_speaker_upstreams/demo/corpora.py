@@ -475,14 +475,19 @@ def lay_out_speech(task: str, speech: str | Path, out: str | Path, *, seed: int 
     return root
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m s3prl_speaker_upstreams.demo.corpora",
-        description="Write a small corpus in the on-disk layout of one SUPERB task.",
-        epilog="layout of --speech: digits/<speaker>/*.flac (SID, ASV), keywords/<word>/*.flac (KS), "
-        "commands/*.flac + labels.json (IC, SF)",
-    )
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """Add the verb ``corpus``, which sets ``func(args) -> exit status``."""
+    _add_options(commands.add_parser("corpus", help="write a small corpus in the layout of one SUPERB task", **_HELP))
+
+
+_HELP = {
+    "description": "Write a small corpus in the on-disk layout of one SUPERB task.",
+    "epilog": "layout of --speech: digits/<speaker>/*.flac (SID, ASV), keywords/<word>/*.flac (KS), "
+    "commands/*.flac + labels.json (IC, SF)",
+}
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, choices=list(GENERATORS), help="whose corpus")
     parser.add_argument("--out", required=True, type=Path, help="folder to write into")
     parser.add_argument(
@@ -492,17 +497,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=int, default=4, help="size of the training part (default 4)")
     parser.add_argument("--limit", type=int, help="with --speech: use this many recordings of each class")
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(func=_corpus)
+
+
+def _corpus(args: argparse.Namespace) -> int:
+    if args.speech:
+        lay_out_speech(args.task, args.speech, args.out, seed=args.seed, limit=args.limit)
+    else:
+        generate(args.task, args.out, voices=args.voices, scale=args.scale, seed=args.seed)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see ``--help``."""
+    parser = argparse.ArgumentParser(prog="python -m s3prl_speaker_upstreams.demo.corpora", **_HELP)
+    _add_options(parser)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if args.speech:
-            lay_out_speech(args.task, args.speech, args.out, seed=args.seed, limit=args.limit)
-        else:
-            generate(args.task, args.out, voices=args.voices, scale=args.scale, seed=args.seed)
+        return args.func(args)
     except SpeakerUpstreamError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -215,10 +215,8 @@ def _summary(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``python -m s3prl_speaker_upstreams.demo``."""
-    parser = argparse.ArgumentParser(prog="python -m s3prl_speaker_upstreams.demo", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """Add the verbs ``speech`` and ``summary``; each sets ``func(args) -> exit status``."""
     speech = commands.add_parser("speech", help="lay speech of known speakers out as VoxCeleb1")
     speech.add_argument("--out", required=True, help="folder of the corpus")
     speech.add_argument("--cache", required=True, help="where the public corpus is downloaded to")
@@ -230,6 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary.add_argument("--speakers", required=True, help="vox1_meta.csv of the corpus")
     summary.add_argument("experiments", nargs="+", metavar="NAME=EXPDIR")
     summary.set_defaults(func=_summary)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m s3prl_speaker_upstreams.demo``."""
+    parser = argparse.ArgumentParser(prog="python -m s3prl_speaker_upstreams.demo", description=__doc__)
+    add_parsers(parser.add_subparsers(required=True))
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -137,9 +137,9 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     verbs.add_parser("tasks", help="list the tasks, one a line").set_defaults(func=_tasks)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m s3prl_speaker_upstreams.superb",
+        prog=prog,
         description="SUPERB tasks with s3prl's own runner and hyperparameters, resumable stage by stage.",
         epilog=f"tasks: {', '.join(f'{task.name} ({task.title})' for task in TASKS.values())}",
     )
@@ -221,9 +221,9 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m s3prl_speaker_upstreams.superb") -> int:
     """Run the command line; errors that a user can mend are shown without a traceback, with code 1."""
-    args = _parser().parse_args(argv)
+    args = _parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return args.func(args)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
-from scipy.signal import medfilt
+import scipy  # its parts are loaded at first use
 
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.superb.errors import ScoringError
@@ -145,7 +144,8 @@ def _error_of(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> tuple[fl
     seconds = np.diff(edges)
     together = (ref * seconds) @ hyp.T.astype(float)  # (reference speakers, hypothesis speakers)
     matched = sum(
-        (ref[r] & hyp[h]).astype(float) for r, h in zip(*linear_sum_assignment(together, maximize=True), strict=True)
+        (ref[r] & hyp[h]).astype(float)
+        for r, h in zip(*scipy.optimize.linear_sum_assignment(together, maximize=True), strict=True)
     )
     counts, found = ref.sum(0), hyp.sum(0)
     right = np.broadcast_to(matched, seconds.shape)
@@ -177,7 +177,7 @@ def predictions_to_turns(
     """
     active = (activity > threshold).astype(float)
     if median > 1:
-        active = medfilt(active, (median, 1))
+        active = scipy.signal.medfilt(active, (median, 1))
     turns = []
     for speaker, column in enumerate(active.T):
         changes = np.flatnonzero(np.diff(np.pad(column, 1)))

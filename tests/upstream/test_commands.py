@@ -58,7 +58,7 @@ VERBS = {
     "weights": ("list", "info", "fetch"),
     "checkpoint": ("info", "convert", "init", "export", "average"),
     "superb": ("run", "collect", "pack", "tasks"),
-    "demo": ("speech", "summary"),
+    "demo": ("corpus", "speech", "summary"),
 }
 
 
