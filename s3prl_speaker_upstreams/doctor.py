@@ -75,15 +75,24 @@ def examine() -> Diagnosis:
     return found
 
 
+def _release(version: str) -> tuple[int, ...]:
+    """(2, 11) of "2.11.0+cu130"."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
 def _examine_torch(found: Diagnosis) -> None:
-    ours, theirs = _version("torch"), _version("torchaudio")
-    if ours and theirs and ours.split("+")[0].split(".")[:2] != theirs.split("+")[0].split(".")[:2]:
-        found.problems.append(
-            (
-                f"torch {ours} and torchaudio {theirs} are of different releases and refuse to work together",
-                "install a pair, such as: pip install torch==2.11.0 torchaudio==2.11.0",
+    torchs, torchaudios = _version("torch"), _version("torchaudio")
+    if torchs and torchaudios and _release(torchs) != _release(torchaudios):
+        if (2, 9) <= _release(torchaudios) < _release(torchs):
+            # 2.11 is torchaudio's last release; its extension works with later ones of torch
+            found.facts.append(("", f"torchaudio {torchaudios} beside a later torch: works with s3prl by a stand-in"))
+        else:
+            found.problems.append(
+                (
+                    f"torch {torchs} and torchaudio {torchaudios} are of different releases and refuse each other",
+                    "install a pair, such as: pip install torch==2.11.0 torchaudio==2.11.0",
+                )
             )
-        )
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -115,16 +124,29 @@ def _examine_start_up(found: Diagnosis) -> None:
 
 
 def _examine_s3prl(found: Diagnosis) -> bool:
+    original, fork = _version("s3prl"), _version("espnet-s3prl")
+    if original and fork:
+        found.problems.append(
+            (
+                f"s3prl {original} and ESPnet's fork of it, espnet-s3prl {fork}, are both installed: they share one "
+                "folder, in which the one that was installed last has overwritten files of the other",
+                "pip uninstall -y s3prl espnet-s3prl, then pip install the one that you want",
+            )
+        )
     spec = importlib.util.find_spec("s3prl")
     if spec is None or spec.origin is None:
         found.facts.append(("s3prl", "-"))
-        found.problems.append(("s3prl is not installed", "pip install s3prl==0.4.18"))
+        found.problems.append(
+            ("s3prl is not installed", "pip install s3prl==0.4.18, or espnet-s3prl, its fork, where ESPnet needs that")
+        )
         return False
     folder = os.path.dirname(spec.origin)
     is_checkout = os.path.isfile(os.path.join(folder, "downstream", "voxceleb1", "config.yaml"))
     with open(os.path.join(folder, "version.txt"), encoding="utf-8") as file:
         version = file.read().strip()
     kind = "checkout, with yaml and data files" if is_checkout else "PyPI package, without yaml and data files"
+    if fork and not original and not is_checkout:
+        kind = f"espnet-s3prl, ESPnet's fork: {kind}"
     found.facts.append(("s3prl", f"{version}  {folder}  ({kind})"))
     if not is_checkout:
         found.facts.append(("", "recipes/superb brings the missing yaml and data files"))
@@ -152,10 +174,10 @@ def _examine_entries(found: Diagnosis) -> None:
         found.problems.append(
             ("s3prl.hub has none of our entries", "call s3prl_speaker_upstreams.register(), and look at the hook above")
         )
-    active = [standin for standin in compat.report() if standin.active]
+    active = [status for status in compat.report() if status.active]
     found.facts.append(("stand-ins for s3prl", str(len(active)) if active else "none needed"))
-    for standin in active:
-        found.facts.append(("", f"{standin.name} (gone: {standin.removed_in}), for {standin.used_by[0]}"))
+    for status in active:
+        found.facts.append(("", f"{status.name} (gone: {status.removed_in}), for {status.used_by[0]}"))
 
 
 def _examine_weights(found: Diagnosis) -> None:

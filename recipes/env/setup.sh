@@ -5,7 +5,7 @@
 #   PYTHON   interpreter to make the environment from   (default: python3)
 #   VENV     where the environment goes                 (default: .venv beside the code; .venv-legacy for STACK=legacy)
 #   STACK    current | legacy                           (default: current)
-#   EXTRAS   extras of setup.cfg, comma separated       (default: superb,pretrain,cka,test; those there already stay)
+#   EXTRAS   extras of setup.cfg beside s3prl           (default: superb,pretrain,cka,test; those there already stay)
 #            `superb` and the tasks se and ss compile one package and need a C compiler
 set -euo pipefail
 
@@ -13,7 +13,7 @@ case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BAS
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 PYTHON="${PYTHON:-python3}"
 STACK="${STACK:-current}"
-EXTRAS="${EXTRAS:-superb,pretrain,cka,test}"
+EXTRAS="s3prl,${EXTRAS:-superb,pretrain,cka,test}"
 case "$STACK" in
   current) VENV="${VENV:-$ROOT/.venv}" ;;
   legacy) VENV="${VENV:-$ROOT/.venv-legacy}" ;;

@@ -109,3 +109,58 @@ def test_untrained_checkpoint_says_so(tmp_path):
     assert made.returncode == 0 and "UNTRAINED" in made.stderr
     told = command("info", str(tmp_path / "u.safetensors"))
     assert "role: untrained" in told.stdout and "random weights, seed 5" in told.stdout
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Versions that doctor believes to be installed, beside the true ones."""
+    from s3prl_speaker_upstreams import doctor
+
+    versions: dict[str, str | None] = {}
+    true = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: versions[name] if name in versions else true(name))
+    return versions
+
+
+def test_doctor_knows_espnets_fork(installed):
+    """Both distributions install one module: the files of one are overwritten, which nobody else notices."""
+    from s3prl_speaker_upstreams.doctor import Diagnosis, _examine_s3prl
+
+    installed["espnet-s3prl"] = "2026.5.14"
+    installed["s3prl"] = "0.4.18"
+    both = Diagnosis()
+    assert _examine_s3prl(both)
+    assert "espnet-s3prl 2026.5.14, are both installed" in both.problems[0][0]
+    assert "pip uninstall -y s3prl espnet-s3prl" in both.problems[0][1]
+    installed["s3prl"] = None
+    fork = Diagnosis()
+    assert _examine_s3prl(fork) and not fork.problems
+    assert "ESPnet's fork" in dict(fork.facts)["s3prl"]
+
+
+def test_installing_the_package_does_not_install_s3prl_over_its_fork():
+    import configparser
+    from pathlib import Path
+
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).resolve().parents[2] / "setup.cfg")
+    assert "s3prl" not in config["options"]["install_requires"]
+    assert config["options.extras_require"]["s3prl"].startswith("s3prl>=")
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchaudio", "problem"),
+    [
+        ("2.15.0", "2.11.0+cu130", False),
+        ("2.5.1", "2.11.0", True),
+        ("2.8.0", "2.7.1", True),
+        ("2.11.0", "2.11.0", False),
+    ],
+)
+def test_doctor_tells_a_pair_that_works_from_one_that_does_not(installed, torch, torchaudio, problem):
+    from s3prl_speaker_upstreams.doctor import Diagnosis, _examine_torch
+
+    installed.update(torch=torch, torchaudio=torchaudio)
+    found = Diagnosis()
+    _examine_torch(found)
+    assert bool(found.problems) == problem
