@@ -8,7 +8,7 @@ from pathlib import Path
 from s3prl_speaker_upstreams.common.audio import find_audio
 from s3prl_speaker_upstreams.superb.errors import CorpusError
 
-__all__ = ["Layout", "audio", "first_file", "librispeech", "lines", "need", "shipped", "voxceleb"]
+__all__ = ["Layout", "audio", "files", "first_file", "librispeech", "lines", "need", "shipped", "text", "voxceleb"]
 
 LIBRISPEECH_SPLITS = ("train-clean-100", "dev-clean", "test-clean")
 LIBRISPEECH_COUNTS = {"train-clean-100": 28539, "dev-clean": 2703, "test-clean": 2620}
@@ -50,9 +50,19 @@ def audio(folder: Path, *suffixes: str) -> list[Path]:
     return found
 
 
+def files(folder: Path, pattern: str = "*") -> list[Path]:
+    """Files of `folder` whose names match, sorted; hidden ones (macOS's ``._a.txt``) left out."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
+
+
+def text(path: Path) -> str:
+    """A list's text, without the byte order mark that some editors put in front."""
+    return path.read_text(encoding="utf-8-sig")
+
+
 def lines(path: Path) -> list[str]:
     """Lines of a text that are not blank."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line for line in text(path).splitlines() if line.strip()]
 
 
 def first_file(*places: Path | None) -> Path | None:
@@ -70,19 +80,19 @@ def librispeech(root: Path) -> Layout:
     need(root, *LIBRISPEECH_SPLITS)
     found = {split: audio(root / split, ".flac") for split in LIBRISPEECH_SPLITS}
     tables = []
-    for split, files in found.items():
+    for split, recordings in found.items():
         by_folder: dict[Path, set[str]] = {}
-        for file in files:
+        for file in recordings:
             by_folder.setdefault(file.parent, set()).add(file.stem)
         for folder, stems in sorted(by_folder.items()):
-            text = folder / f"{folder.parent.name}-{folder.name}.trans.txt"
-            if not text.is_file():
-                raise CorpusError(f"{text}: the transcripts of {split} are not there; extract the corpus again")
-            known = {line.split(" ", 1)[0] for line in text.read_text(encoding="utf-8").splitlines()}
+            table = folder / f"{folder.parent.name}-{folder.name}.trans.txt"
+            if not table.is_file():
+                raise CorpusError(f"{table}: the transcripts of {split} are not there; extract the corpus again")
+            known = {line.split(" ", 1)[0] for line in table.read_text(encoding="utf-8").splitlines()}
             missing = sorted(stems - known)
             if missing:
-                raise CorpusError(f"{text}: no transcript of {missing[0]} ({len(missing)} such); extract it again")
-            tables.append(text)
+                raise CorpusError(f"{table}: no transcript of {missing[0]} ({len(missing)} such); extract it again")
+            tables.append(table)
     return Layout(found, tables)
 
 

@@ -2,7 +2,8 @@
 
 Own code of a few lines each, because the tools that s3prl's scripts call (dscore with a hard-coded path, the QUESST
 scripts with their Java archive) come with no package. Both are tested with numbers worked out by hand, and the DER also
-against pyannote.metrics where that is installed.
+against pyannote.metrics, which the tests need and scoring does not: it would bring five packages for one page of
+arithmetic, and gives dscore's number only where it is told of overlapping turns and of the time to score.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import scipy  # its parts are loaded at first use
 
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.superb.errors import ScoringError
+from s3prl_speaker_upstreams.superb.layouts import files
 
 __all__ = [
     "MEDIANS",
@@ -32,6 +34,7 @@ __all__ = [
     "read_rttm",
     "score_diarization",
     "score_quesst",
+    "within_reference",
     "write_rttm",
 ]
 
@@ -105,9 +108,11 @@ def write_rttm(turns: Iterable[Turn], path: str | Path) -> Path:
 def diarization_error(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> DiarizationError:
     """Diarization error over all recordings of the reference; no collar, overlapped speech scored.
 
-    Those are the settings of dscore (and NIST md-eval) that SUPERB uses. Within a recording, speakers are paired so
-    that the paired time is longest, and overlapping turns of one speaker count once, as dscore merges them. Recordings
-    that the reference lacks are not scored.
+    Those are the settings of dscore that SUPERB uses: the whole of reference and hypothesis counts. NIST's md-eval run
+    bare (``md-eval.pl -r REF -s HYP``, without ``-u``) has the same collar and overlap but scores from the first to the
+    last reference turn only, so that false alarms outside are free and it reads lower; see :func:`within_reference`.
+    Within a recording, speakers are paired so that the paired time is longest, and overlapping turns of one speaker
+    count once, as dscore merges them. Recordings that the reference lacks are not scored.
 
     Examples
     --------
@@ -122,6 +127,29 @@ def diarization_error(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> 
         raise ScoringError("the reference has no turn to score")
     parts = [_error_of(*(_of(turns, name) for turns in (reference, hypothesis))) for name in recordings]
     return DiarizationError(*(float(sum(column)) for column in zip(*parts, strict=True)))
+
+
+def within_reference(reference: Sequence[Turn], hypothesis: Sequence[Turn]) -> list[Turn]:
+    """The hypothesis cut to the time between each recording's first and last reference turn, as bare md-eval scores.
+
+    Examples
+    --------
+    A false alarm of one second behind the reference's end costs a tenth with dscore and nothing with md-eval:
+
+    >>> ref, hyp = [Turn("a", "x", 0, 10)], [Turn("a", "1", 0, 11)]
+    >>> diarization_error(ref, hyp).rate, diarization_error(ref, within_reference(ref, hyp)).rate
+    (0.1, 0.0)
+    """
+    spans: dict[str, tuple[float, float]] = {}
+    for turn in reference:
+        start, end = spans.get(turn.recording, (turn.start, turn.end))
+        spans[turn.recording] = min(start, turn.start), max(end, turn.end)
+    cut = (
+        replace(turn, start=max(turn.start, spans[turn.recording][0]), end=min(turn.end, spans[turn.recording][1]))
+        for turn in hypothesis
+        if turn.recording in spans
+    )
+    return [turn for turn in cut if turn.end > turn.start]
 
 
 def _of(turns: Sequence[Turn], recording: str) -> list[Turn]:
@@ -198,8 +226,8 @@ def score_diarization(expdir: str | Path, rttm: str | Path) -> dict[str, float]:
 
     Returns
     -------
-    {"DER", "miss", "false_alarm", "confusion" (shares), "threshold", "median"} of the best setting; the hypotheses of
-    all ten are written to ``scoring/hyp_THRESHOLD_MEDIAN.rttm``
+    {"DER", "miss", "false_alarm", "confusion" (shares), "threshold", "median"} of the best setting, and "DER_md_eval"
+    of it (see :func:`within_reference`); the hypotheses of all ten are written to ``scoring/hyp_THRESHOLD_MEDIAN.rttm``
 
     Raises
     ------
@@ -208,16 +236,16 @@ def score_diarization(expdir: str | Path, rttm: str | Path) -> dict[str, float]:
     import h5py  # an extra of SD
 
     expdir = Path(expdir)
-    files = sorted((expdir / "scoring" / "predictions").glob("*.h5"))
-    if not files:
+    predictions = files(expdir / "scoring" / "predictions", "*.h5")
+    if not predictions:
         raise ScoringError(f"{expdir}/scoring/predictions: no prediction; run the evaluate stage first")
     reference = read_rttm(rttm)
-    absent = sorted({turn.recording for turn in reference} - {file.stem for file in files})
+    absent = sorted({turn.recording for turn in reference} - {file.stem for file in predictions})
     if absent:
         raise ScoringError(f"{expdir}/scoring/predictions: none for {absent[0]} ({len(absent)} such) of {rttm}")
     frame_shift = int((expdir / "frame_shift").read_text())
     activities = {}
-    for file in files:
+    for file in predictions:
         with h5py.File(file, "r") as data:
             activities[file.stem] = data["T_hat"][:]
     best: dict[str, float] = {}
@@ -238,6 +266,7 @@ def score_diarization(expdir: str | Path, rttm: str | Path) -> dict[str, float]:
                     "miss": error.miss / error.total,
                     "false_alarm": error.false_alarm / error.total,
                     "confusion": error.confusion / error.total,
+                    "DER_md_eval": diarization_error(reference, within_reference(reference, turns)).rate,
                     "threshold": threshold,
                     "median": float(median),
                 }
@@ -277,15 +306,15 @@ def mtwv(
     (1.0, 2.0)
     """
     names = sorted({q for q, _ in scores} | {q for q, _ in truth} if queries is None else set(queries))
-    files = sorted({d for _, d in scores} | {d for _, d in truth} if documents is None else set(documents))
-    row = {name: index for index, name in enumerate(files)}
-    wanted = [name for name in names if any((name, file) in truth for file in files)]
+    named = sorted({d for _, d in scores} | {d for _, d in truth} if documents is None else set(documents))
+    row = {name: index for index, name in enumerate(named)}
+    wanted = [name for name in names if any((name, file) in truth for file in named)]
     if not wanted:
         raise ScoringError("no query occurs in any document; are the ground truth and the predictions of one corpus?")
     all_scores, all_gains = [], []
     for name in wanted:
-        own = np.full(len(files), default)
-        target = np.zeros(len(files), bool)
+        own = np.full(len(named), default)
+        target = np.zeros(len(named), bool)
         for file, index in row.items():
             own[index] = scores.get((name, file), default)
             target[index] = (name, file) in truth
@@ -326,7 +355,7 @@ def score_quesst(stdlist: str | Path, ground_truth: str | Path, *, beta: float =
     "MTWV_searched" : over what was searched only; "threshold"
     """
     folder = Path(ground_truth)
-    rttm, ecf, tlist = (next(iter(sorted(folder.glob(p))), None) for p in ("*.rttm", "*.ecf.xml", "*.tlist.xml"))
+    rttm, ecf, tlist = (next(iter(files(folder, p)), None) for p in ("*.rttm", "*.ecf.xml", "*.tlist.xml"))
     if rttm is None:
         raise ScoringError(f"{folder}: no .rttm file; expected the ground truth of QUESST 2014")
     truth = set()

@@ -133,6 +133,76 @@ def test_contents_that_would_fail_late_are_found_early(copy):
         check_corpus(TASKS["SID"], root)
 
 
+# ---------------------------------------------------------------------------------------------- odd trees
+
+
+def _hide_files(root) -> int:
+    """Put an AppleDouble file beside each recording and each text, as macOS does on foreign file systems."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    for path in files:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7" + b"\0" * 78)
+    return len(files)
+
+
+def _seen_by_s3prl(task, data, prepared):
+    """Recordings that s3prl's own walk through what it is given would find."""
+    import os
+
+    where = prepared / "corpus" if (prepared / "corpus").is_dir() else data
+    return {
+        os.path.realpath(os.path.join(folder, name))  # os.walk, like rglob and librosa, follows no links to folders
+        for folder, _, names in os.walk(where)
+        for name in names
+        if name.endswith((".wav", ".flac"))
+    }
+
+
+@pytest.mark.parametrize("task", [name for name in TASKS if name != "SD"])  # whose wav.scp holds absolute paths
+def test_hidden_files_are_no_recordings(task, copy, tmp_path):
+    root = copy(task)
+    whole = check_corpus(TASKS[task], root)
+    before = prepare(TASKS[task], root, tmp_path / "before")
+    texts = {p.relative_to(before): p.read_bytes() for p in before.rglob("*") if p.is_file() and p.name != ".whole"}
+    assert _hide_files(root)
+    assert check_corpus(TASKS[task], root).counts == whole.counts
+    after = prepare(TASKS[task], root, tmp_path / "after")
+    for name, text in texts.items():
+        assert (after / name).read_bytes() == text, name
+    if TASKS[task].walks:
+        seen = _seen_by_s3prl(task, root, after)
+        assert not [path for path in seen if "/._" in path]
+        assert {str(path.resolve()) for path in TASKS[task].layout(root).recordings} <= seen
+
+
+@pytest.mark.parametrize(
+    ("task", "linked"),
+    [
+        ("SID", "dev/wav/id10001"),
+        ("ASV", "dev/wav/id10001"),
+        ("PR", "train-clean-100/1000"),
+        ("ASR", "train-clean-100/1000"),
+        ("KS", "train/yes"),
+        ("ER", "Session2/sentences/wav/Ses02F_impro01"),
+        ("IC", "wavs/speakers"),
+        ("SF", "train"),
+        ("SE", "noisy_testset_wav_16k"),
+        ("SS", "wav16k/min/dev"),
+    ],
+)
+def test_linked_folders_count_and_reach_s3prl(task, linked, copy, tmp_path):
+    root = copy(task)
+    whole = check_corpus(TASKS[task], root)
+    (root / linked).rename(tmp_path / "elsewhere")
+    (root / linked).symlink_to(tmp_path / "elsewhere")
+    assert check_corpus(TASKS[task], root).counts == whole.counts
+    prepared = prepare(TASKS[task], root, tmp_path / "p")
+    if TASKS[task].walks:
+        seen = _seen_by_s3prl(task, root, prepared)
+        recordings = {str(path.resolve()) for path in TASKS[task].layout(root).recordings}
+        assert recordings <= seen
+        assert any("elsewhere" in path for path in recordings)
+
+
 # ---------------------------------------------------------------------------------------------- prepared files
 
 

@@ -84,6 +84,27 @@ def test_der_equals_pyannote_metrics():
         assert diarization_error(reference, hypothesis).rate == pytest.approx(abs(metric), abs=1e-9)
 
 
+def test_md_eval_run_bare_reads_lower_for_it_scores_between_reference_turns_only():
+    """Checked against pyannote.metrics with that time as its uem: the same number."""
+    core = pytest.importorskip("pyannote.core", reason="pyannote.metrics is not installed")
+    diarization = pytest.importorskip("pyannote.metrics.diarization", reason="pyannote.metrics is not installed")
+    reference = _turns(("x", 2, 6), ("y", 5, 9))
+    hypothesis = _turns(("1", 1, 6), ("2", 5.5, 11))
+    dscore = diarization_error(reference, hypothesis)
+    bare = diarization_error(reference, scoring.within_reference(reference, hypothesis))
+    # 1 s before and 2 s behind the reference are false alarms to dscore; half a second of y is missed to both
+    assert (dscore.false_alarm, dscore.miss, bare.false_alarm, bare.miss) == pytest.approx((3, 0.5, 0, 0.5))
+    assert (dscore.rate, bare.rate) == pytest.approx((3.5 / 8, 0.5 / 8))
+    pair = []
+    for turns in (reference, hypothesis):
+        annotation = core.Annotation(uri="a")
+        for turn in turns:
+            annotation[core.Segment(turn.start, turn.end), turn.speaker] = turn.speaker
+        pair.append(annotation)
+    metric = diarization.DiarizationErrorRate(collar=0.0, skip_overlap=False)
+    assert metric(*pair, uem=core.Timeline([core.Segment(2, 9)])) == pytest.approx(bare.rate)
+
+
 def test_rttm_survives_writing_and_reading_and_bad_lines_are_named(tmp_path):
     turns = _turns(("x", 0.25, 3.5), ("y", 2, 4))
     assert scoring.read_rttm(scoring.write_rttm(turns, tmp_path / "a.rttm")) == turns

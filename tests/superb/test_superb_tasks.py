@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from s3prl_speaker_upstreams.superb import tasks as tasks_package
 from s3prl_speaker_upstreams.superb.__main__ import main
 from s3prl_speaker_upstreams.superb.configuration import CONF
 from s3prl_speaker_upstreams.superb.errors import UnknownTask
@@ -99,6 +100,88 @@ def test_tables_are_complete():
     assert list(SWEEP) == sorted(SWEEP, reverse=True)
 
 
+TOY = """
+from pathlib import Path
+from s3prl_speaker_upstreams.superb.layouts import Layout, audio
+from s3prl_speaker_upstreams.superb.task import Metric, Task
+
+
+class _Toy(Task):
+    def layout(self, root):
+        return Layout({"train": audio(root, ".wav")})
+
+    def settings(self, data, prepared):
+        return {"downstream_expert.datarc.root": str(data)}
+
+    def prepare(self, data, out, s3prl_root):
+        (out / "list.txt").write_text("a list")
+
+    def demo(self, out, seed):
+        from s3prl_speaker_upstreams.demo.corpora import generate
+
+        generate("IC", out, scale=2, seed=seed)
+
+
+TASK = _Toy(
+    name="TOY", title="a task in one file", order=999, downstream="toy", corpus="anything with wav files", packages=(),
+    metrics=(Metric("TOY acc", "acc", 100.0, True, "TOY_acc_public", (0.0, 100.0), {"FBANK": 10.0}),),
+    predictions=(("test_predict.txt", "toy_public/predict.txt"),), smoke={"runner.total_steps": 4}, paper=False,
+)
+"""
+
+
+def test_a_task_is_added_by_one_file(tmp_path, monkeypatch, fake_runner):
+    """Found by listing the folder; checked, prepared, trained, chosen, scored and tabled without another line."""
+    import importlib
+
+    from s3prl_speaker_upstreams.superb import collect, configuration, reference, stages, tasks
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "toy.py").write_text(TOY)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(folder)])
+    found = tasks.load_tasks()
+    assert list(found)[:-1] == list(TASKS) and list(found)[-1] == "TOY"
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "TASKS", found)
+        for module in (reference, collect, stages):
+            importlib.reload(module)
+        (tmp_path / "conf").mkdir()
+        text = (configuration.CONF / "IC.yaml").read_text().replace("file_path: data/IC", "root: data/TOY")
+        (tmp_path / "conf" / "TOY.yaml").write_text(text)
+        fake_runner()
+        run = stages.Run(found["TOY"], "fbank", tmp_path / "exp", conf=tmp_path / "conf", device="cpu", smoke=True)
+        stages.run_stages(run)
+        assert (run.prepared / "list.txt").is_file()
+        collect.collect(tmp_path / "exp", tmp_path)
+        table = (tmp_path / "superb.md").read_text()
+        assert "| fbank | 25.00* |" in table and "| FBANK | 10.00 |" in table
+        assert collect.pack(tmp_path / "exp", "fbank", tmp_path / "packed").is_file()
+    for module in (reference, collect, stages):
+        importlib.reload(module)
+
+
+def test_stages_know_no_task_by_name():
+    import ast
+
+    package = Path(tasks_package.__file__).resolve().parents[1]
+    names = set(TASKS)
+    for file in package.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Compare | ast.Dict | ast.Subscript):
+                used = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)}
+                assert not names & {value for value in used if isinstance(value, str)}, f"{file}:{node.lineno}"
+
+
+def test_a_module_that_is_no_task_is_named(tmp_path, monkeypatch):
+    from s3prl_speaker_upstreams.superb import tasks
+
+    (tmp_path / "nothing_at_all.py").write_text("X = 1\n")
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    with pytest.raises(TypeError, match="nothing_at_all: has no TASK"):
+        tasks.load_tasks()
+
+
 def test_task_names_ignore_case_and_wrong_ones_list_the_right(capsys):
     assert find_task("qBe").name == "QbE"
     with pytest.raises(UnknownTask, match=r"did you mean SID\? The tasks are PR, ASR"):
@@ -129,9 +212,15 @@ def test_scripts_explain_themselves_and_count_elements():
     env = {**os.environ, "COUNT": "1", "TASKS": "KS SID ER", "PYTHON": sys.executable}
     done = subprocess.run([RECIPE / "all.sh", "a", "b"], capture_output=True, text=True, check=True, env=env)
     assert done.stdout.strip() == "6"
-    env = {**env, "COUNT": "", "ELEMENT": "6"}
-    done = subprocess.run([RECIPE / "all.sh", "a", "b"], capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 2 and "0 to 5" in done.stderr
+    fine = {**env, "PART": "train", "SEEDS": "1 2"}
+    done = subprocess.run(
+        [RECIPE / "all.sh", "a", "b", "--", "--lr", "1e-3,1e-4"], capture_output=True, text=True, check=True, env=fine
+    )
+    assert done.stdout.strip() == str(2 * 2 * 2 * (1 + 1 + 5))  # upstreams, seeds, rates, folds of each task
+    for wrong, message in (("6", "0 to 5"), ("-1", "expected a number from 0 on"), ("abc", "expected a number")):
+        env = {**env, "COUNT": "", "ELEMENT": wrong}
+        done = subprocess.run([RECIPE / "all.sh", "a", "b"], capture_output=True, text=True, check=False, env=env)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_superb_modules_start_without_torch_or_s3prl():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from s3prl_speaker_upstreams.common.digests import file_sha256
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.superb.errors import CorpusError, RunFailed
-from s3prl_speaker_upstreams.superb.layouts import Layout, first_file, shipped, voxceleb
+from s3prl_speaker_upstreams.superb.layouts import Layout, first_file, shipped, text, voxceleb
 from s3prl_speaker_upstreams.superb.saved import Saved, checkpoints
 from s3prl_speaker_upstreams.superb.task import LIBROSA, STEPS, TENSORBOARD, Metric, Package, Score, Task, printed
 
@@ -46,7 +46,7 @@ class _SpeakerVerification(Task):
                 "repository, s3prl/downstream/sv_voxceleb1) is there; put one into that folder or give --s3prl-root"
             )
         labels = set()
-        for number, line in enumerate(source.read_text().splitlines(), 1):
+        for number, line in enumerate(text(source).splitlines(), 1):
             fields = line.split()
             if len(fields) != 3 or fields[0] not in ("0", "1"):
                 raise CorpusError(f"{source}:{number}: {line!r} is not '0|1 id/video/a.wav id/video/b.wav'")
@@ -56,12 +56,12 @@ class _SpeakerVerification(Task):
                     raise CorpusError(f"{source}:{number}: {name} is not in {data / 'test' / 'wav'}")
         if labels != {"0", "1"}:
             raise CorpusError(f"{source}: holds trials of label {sorted(labels)} only; EER needs both kinds")
-        write_text(out / "voxceleb1_test_v2.txt", source.read_text())
+        write_text(out / "voxceleb1_test_v2.txt", text(source))
         # s3prl opens a dev trial list when it starts but, with eval_dataloaders empty, scores none of it
         dev = first_file(
             data / "dev_meta_data.txt", shipped(s3prl_root, "sv_voxceleb1", "dev_meta_data", "dev_meta_data.txt")
         )
-        write_text(out / "dev_meta_data.txt", (dev or source).read_text())
+        write_text(out / "dev_meta_data.txt", text(dev or source))
         speakers = sorted(folder.name for folder in (data / "dev" / "wav").iterdir() if folder.is_dir())
         write_text(out / "dev_speaker_ids.txt", "".join(f"{name}\n" for name in speakers if name[0] != "."))
 
@@ -98,12 +98,12 @@ class _SpeakerVerification(Task):
 
         def test() -> dict[str, Any]:
             log = kept / "test.log"
-            text = work.test(one.path, "test", log, finite=True)
-            if text is None:
+            said = work.test(one.path, "test", log, finite=True)
+            if said is None:
                 return {"EER": None}
             kept.mkdir(exist_ok=True)
             os.replace(expdir / "test_predict.txt", kept / "test_predict.txt")
-            return {"EER": printed(text, "sv-voxceleb1/test-EER", log)}
+            return {"EER": printed(said, "sv-voxceleb1/test-EER", log)}
 
         key = {"checkpoint": file_sha256(one.path)}
         return work.remembered(kept / "score.json", key, test, needs=[kept / "test_predict.txt"])["EER"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.superb.errors import CorpusError
-from s3prl_speaker_upstreams.superb.layouts import Layout, audio, first_file, need, shipped
+from s3prl_speaker_upstreams.superb.layouts import Layout, audio, files, first_file, need, shipped
 from s3prl_speaker_upstreams.superb.task import STEPS, TENSORBOARD, Metric, Task
 
 __all__ = ["TASK"]
@@ -19,8 +19,7 @@ _FOLDS = tuple(f"fold{number}" for number in range(1, 6))
 
 
 def _labels(root: Path, session: str) -> list[Path]:
-    folder = root / session / "dialog" / "EmoEvaluation"
-    return [path for path in sorted(folder.glob("*.txt")) if not path.name.startswith(".")]
+    return files(root / session / "dialog" / "EmoEvaluation", "*.txt")
 
 
 class _EmotionRecognition(Task):

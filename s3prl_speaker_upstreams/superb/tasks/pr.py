@@ -11,6 +11,7 @@ from s3prl_speaker_upstreams.superb.layouts import (
     LIBRISPEECH_COUNTS,
     LIBRISPEECH_SPLITS,
     Layout,
+    files,
     librispeech,
     shipped,
 )
@@ -34,7 +35,7 @@ PHONES = (
 class _PhonemeRecognition(Task):
     def layout(self, root: Path) -> Layout:
         found = librispeech(root)
-        return Layout(found.splits, [*found.tables, *sorted((root / "lexicon").glob("*.txt"))])
+        return Layout(found.splits, [*found.tables, *files(root / "lexicon", "*.txt")])
 
     def settings(self, data: Path, prepared: Path) -> dict[str, Any]:
         return {
@@ -45,7 +46,7 @@ class _PhonemeRecognition(Task):
 
     def prepare(self, data: Path, out: Path, s3prl_root: Path | None) -> None:
         places = [data / "lexicon", shipped(s3prl_root, "ctc", "lexicon")]
-        lexica = next((found for place in places if place and (found := sorted(place.glob("*.txt")))), None)
+        lexica = next((found for place in places if place and (found := files(place, "*.txt"))), None)
         if lexica is None:
             raise CorpusError(
                 f"{data}/lexicon: no lexicon (*.txt). PR needs librispeech-lexicon-200k-g2p.txt and "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3prl_speaker_upstreams.superb.errors import CorpusError
-from s3prl_speaker_upstreams.superb.layouts import Layout, lines, need
+from s3prl_speaker_upstreams.superb.layouts import Layout, files, lines, need
 from s3prl_speaker_upstreams.superb.scoring import score_quesst
 from s3prl_speaker_upstreams.superb.task import TENSORBOARD, Metric, Package, Score, Task
 
@@ -33,7 +33,7 @@ class _QueryByExample(Task):
             if not english:
                 raise CorpusError(f"{root / file}: no line marked nnenglish, which the task is restricted to")
             found[part] = [root / re.sub(r"^.*?/", "", name) for name in english]
-        answers = [path for truth in truths for path in sorted((root / truth).iterdir()) if path.is_file()]
+        answers = [path for truth in truths for path in files(root / truth)]
         return Layout(found, [*(root / name for name in lists.values()), *answers])
 
     def settings(self, data: Path, prepared: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.superb.errors import CorpusError
-from s3prl_speaker_upstreams.superb.layouts import Layout, first_file, shipped, voxceleb
+from s3prl_speaker_upstreams.superb.layouts import Layout, first_file, shipped, text, voxceleb
 from s3prl_speaker_upstreams.superb.task import LIBROSA, STEPS, TENSORBOARD, Metric, Task
 
 __all__ = ["TASK"]
@@ -37,7 +37,7 @@ class _SpeakerIdentification(Task):
             )
         there: dict[str, set[str]] = {part: set() for part in "123"}
         roots = [data / "dev" / "wav", data / "test" / "wav"]
-        for number, line in enumerate(source.read_text().splitlines(), 1):
+        for number, line in enumerate(text(source).splitlines(), 1):
             fields = line.split()
             if len(fields) != 2 or fields[0] not in there:
                 raise CorpusError(f"{source}:{number}: {line!r} is not '1|2|3 id/video/utterance.wav'")
@@ -47,7 +47,7 @@ class _SpeakerIdentification(Task):
         empty = [name for part, name in (("1", "train"), ("2", "dev"), ("3", "test")) if not there[part]]
         if empty:
             raise CorpusError(f"{source}: no utterance of {', '.join(empty)}")
-        write_text(out / "veri_test_class.txt", source.read_text())
+        write_text(out / "veri_test_class.txt", text(source))
 
 
 TASK = _SpeakerIdentification(
