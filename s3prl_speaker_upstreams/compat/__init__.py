@@ -8,7 +8,7 @@ Nothing of s3prl is edited on disk. ``S3PRL_SPEAKER_UPSTREAMS_COMPAT=0`` switche
 >>> from s3prl_speaker_upstreams import compat
 >>> compat.install()
 >>> [standin.name for standin in compat.report()][0]
-'torchaudio.set_audio_backend'
+'torchaudio beside a later torch'
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""The ``silence`` effect of the sox program, for one channel, sample for sample.
+"""The ``silence`` effect of the sox program, sample for sample.
 
 sox decides on a running root mean square over 20 ms, kept as a sum in double precision to which the newest square is
 added and from which the oldest is taken. That order of additions decides samples at the threshold, so it is kept here:
-numpy's ``cumsum`` over the alternating terms adds them one after the other just as sox does.
+numpy's ``cumsum`` over the alternating terms adds them one after the other just as sox does. Channels share one window,
+which holds their samples in turn: at each moment every channel's newest square takes the place of the same oldest one.
+There is sound where any channel is above the threshold, and silence where not all of them are.
 
 Behaviour: sox manual, section ``silence``; checked against SoX 14.4.2 sample by sample
 (tests/compat/test_sox_effects.py).
@@ -36,18 +38,22 @@ class Period:
 
 
 class _Levels:
-    """The running level from one reset of the window on, computed block by block as it is asked for."""
+    """The running level from one reset of the window on, (moments, channels), computed block by block as it is asked
+    for."""
 
     def __init__(self, samples: np.ndarray, start: int, window: int, mask: int) -> None:
-        self.squares = samples[start:].astype(np.float64) ** 2
-        self.window, self.mask = window, mask
-        self.ratio = np.empty(0)  # level as a fraction of full scale, known so far
+        self.length, self.channels = len(samples) - start, samples.shape[1]
+        self.squares = samples[start:].astype(np.float64).reshape(-1) ** 2  # the channels in turn
+        self.window, self.mask = window * self.channels, mask
+        self.ratio = np.empty((0, self.channels))  # level as a fraction of full scale, known so far
         self._sum = 0.0
 
     def upto(self, end: int) -> np.ndarray:
-        end = min(end, len(self.squares))
+        """Levels of the first ``end`` moments."""
+        end = min(end, self.length)
         while len(self.ratio) < end:
-            first, last = len(self.ratio), min(len(self.ratio) + _BLOCK, len(self.squares))
+            first = len(self.ratio) * self.channels
+            last = min(first + _BLOCK * self.channels, len(self.squares))
             leaving = np.zeros(last - first)
             known = max(first, self.window)
             if last > known:
@@ -56,10 +62,12 @@ class _Levels:
             terms[0] = self._sum
             terms[1::2] = -leaving
             terms[2::2] = self.squares[first:last]
-            sums = np.cumsum(terms)[2::2]
+            sums = np.cumsum(terms)[:: 2 * self.channels]  # after all channels of each moment
+            rows = leaving.reshape(-1, self.channels)[:, :1]
+            newest = sums[:-1, None] - rows + self.squares[first:last].reshape(-1, self.channels)
             self._sum = sums[-1]
             # sox holds the level in a 32-bit sample: rounded towards zero, low bits below the input's precision cut off
-            level = np.sqrt(np.maximum(sums, 0.0) / self.window).astype(np.int64) & self.mask
+            level = np.sqrt(np.maximum(newest, 0.0) / self.window).astype(np.int64) & self.mask
             self.ratio = np.concatenate([self.ratio, level / _SAMPLE_MAX])
         return self.ratio[:end]
 
@@ -81,10 +89,11 @@ def _first_run(flags: np.ndarray, length: int) -> int:
 
 def _search(levels: _Levels, begin: int, half: Period, wanted: bool) -> int:
     """Index behind the first ``half.duration`` samples in a row, from `begin` on, (not) above the threshold."""
-    total = len(levels.squares)
+    total = levels.length
     reach = begin + half.duration + _BLOCK // 4
     while True:
-        flags = _above(levels.upto(reach)[begin:], half)
+        above = _above(levels.upto(reach)[begin:], half)
+        flags = above.any(axis=1) if wanted else above.all(axis=1)
         found = _first_run(flags if wanted else ~flags, half.duration)
         if found >= 0:
             return begin + found
@@ -98,7 +107,7 @@ def trim_silence(
 ) -> np.ndarray:
     """Trim silence as ``sox ... silence`` does.
 
-    samples : (time,) int32, sox's internal full-scale integers
+    samples : (time,) or (time, channels) int32, sox's internal full-scale integers
     start : sound to wait for before anything is kept
     stop : silence that ends keeping; with `restart`, waiting for sound begins again (negative count in sox's arguments)
     precision : significant bits of the samples (what sox's effect chain reports)
@@ -110,6 +119,8 @@ def trim_silence(
     True
     """
     samples = np.asarray(samples)
+    if samples.ndim == 1:
+        return trim_silence(samples[:, None], rate, start, stop, restart=restart, precision=precision)[:, 0]
     window = int(rate / 50)
     mask = -1 << max(0, 32 - precision)
     kept: list[np.ndarray] = []

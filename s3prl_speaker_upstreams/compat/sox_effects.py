@@ -15,26 +15,20 @@ coefficients (recipes/benchmark/RESULTS.md has the measured differences). Any ot
 from __future__ import annotations
 
 import io
-import logging
 import math
 import os
-import shutil
-import struct
-import subprocess
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from s3prl_speaker_upstreams.compat import torchaudio_io
+from s3prl_speaker_upstreams.compat import sox_program, torchaudio_io
 from s3prl_speaker_upstreams.compat._errors import AudioUnreadable, UnsupportedEffect
 from s3prl_speaker_upstreams.compat.silence import Period, trim_silence
 from s3prl_speaker_upstreams.errors import MissingPackage
 
 __all__ = ["apply_effects_file", "apply_effects_tensor", "effect_names"]
-
-logger = logging.getLogger(__name__)
 
 _SAMPLE_MAX, _SAMPLE_MIN = 2**31 - 1, -(2**31)
 _KNOWN = ("channels", "gain", "rate", "silence")
@@ -69,15 +63,15 @@ def apply_effects_file(
         )
     if not os.path.isfile(path):
         raise AudioUnreadable(f"{path}: no such file; check the corpus root in the configuration")
-    program = shutil.which("sox")
+    program = sox_program.find()
     if program and (format or not _equal_here(path, effects)):
         # an absolute path is never taken for an option or a command, and no-glob keeps [ and * in names literal
         source = ["--no-glob", *(["-t", format] if format else []), os.path.abspath(path)]
-        done = _call(program, source, effects)
+        done = sox_program.call(program, source, effects)
         if done.returncode != 0 and b"no handler for" in done.stderr:
             samples, rate, _ = _read(path)  # a format that this sox was built without
-            done = _call(program, ["-t", "wav", "-"], effects, _wav(samples, rate))
-        wav, rate = _result(done, str(path))
+            done = sox_program.call(program, ["-t", "wav", "-"], effects, _wav(samples, rate))
+        wav, rate = sox_program.result(done, str(path))
     else:
         samples, rate, precision = _read(path)
         wav, rate = _run(samples, rate, precision, effects)
@@ -99,10 +93,10 @@ def apply_effects_tensor(
             "convert it first"
         )
     samples = _from_float((tensor.t() if channels_first else tensor).detach().cpu().numpy().astype(np.float64))
-    program = shutil.which("sox")
+    program = sox_program.find()
     if program and len(samples) and not (samples.shape[1] == 1 and _keeps_rate(sample_rate, effects)):
-        done = _call(program, ["-t", "wav", "-"], effects, _wav(samples, sample_rate))
-        wav, rate = _result(done, "tensor")
+        done = sox_program.call(program, ["-t", "wav", "-"], effects, _wav(samples, sample_rate))
+        wav, rate = sox_program.result(done, "tensor")
     else:
         wav, rate = _run(samples, int(sample_rate), 32, effects)
     return torch.from_numpy(np.ascontiguousarray(wav.T) if channels_first else wav), rate
@@ -157,37 +151,6 @@ def _silence_halves(arguments: Sequence[str], rate: float) -> tuple[Period, Peri
     return halves[0], halves[1], restart
 
 
-# ---------------------------------------------------------------------------------------------- the sox program
-
-
-def _call(program: str, source: list[str], effects: Sequence[Sequence[str]], data: bytes | None = None) -> Any:
-    chain = [str(item) for effect in effects for item in effect]
-    command = [program, "-D", *source, "-t", "wav", "-e", "floating-point", "-b", "32", "-", *chain]
-    return subprocess.run(command, input=data, stdin=subprocess.DEVNULL if data is None else None, capture_output=True)
-
-
-def _result(done: Any, what: str) -> tuple[np.ndarray, int]:
-    """Samples (time, channels) of the floating-point WAV that sox wrote to a pipe, and their rate."""
-    lines = done.stderr.decode(errors="replace").splitlines()
-    message = "; ".join(line for line in lines if "can't seek to fix it" not in line)  # that one is about the pipe
-    if done.returncode != 0 or "FAIL" in message:  # damaged flac ends with status 0 and half of the audio
-        raise AudioUnreadable(f"{what}: sox cannot process it ({message}); fetch or convert the file again")
-    if message:
-        logger.log(logging.WARNING if "EOF" in message else logging.DEBUG, "%s: %s", what, message)
-    out, position, channels, rate = done.stdout, 12, 0, 0
-    while position + 8 <= len(out):
-        kind, size = out[position : position + 4], struct.unpack_from("<I", out, position + 4)[0]
-        position += 8
-        if kind == b"fmt ":
-            channels, rate = struct.unpack_from("<HI", out, position + 2)
-        if kind == b"data":  # sox cannot go back to write the true size into a pipe: the data end where the pipe ends
-            usable = (len(out) - position) // (4 * channels) * 4 * channels
-            samples = np.frombuffer(out[position : position + usable], dtype="<f4")
-            return samples.reshape(-1, channels).copy(), rate
-        position += size + size % 2
-    raise AudioUnreadable(f"{what}: sox wrote no audio ({message or 'no message'})")
-
-
 # ---------------------------------------------------------------------------------------------- without the program
 
 
@@ -203,7 +166,7 @@ def _equal_here(path: str | os.PathLike, effects: Sequence[Sequence[str]]) -> bo
     """
     try:
         with torchaudio_io._open(path) as file:
-            if file.channels != 1 or not _keeps_rate(file.samplerate, effects):
+            if file.channels != 1 or not _keeps_rate(file.samplerate, effects) or file.subtype.startswith("MPEG"):
                 return False
         with open(path, "rb") as file:
             head = file.read(8)
@@ -262,13 +225,8 @@ def _run(samples: np.ndarray, rate: int, precision: int, effects: Sequence[Seque
             if decibels != 0:
                 samples = _rounded(samples * math.exp(decibels * math.log(10) * 0.05))
         elif name == "silence":
-            if samples.shape[1] != 1:
-                raise UnsupportedEffect(
-                    f"sox effect silence: got {samples.shape[1]} channels; expected 1; put channels 1 before it, "
-                    "or install the sox program (apt-get install sox)"
-                )
             start, stop, restart = _silence_halves(arguments, rate)
-            samples = trim_silence(samples[:, 0], rate, start, stop, restart=restart, precision=precision)[:, None]
+            samples = trim_silence(samples, rate, start, stop, restart=restart, precision=precision)
             continue  # takes samples away without changing any: the precision stays
         if samples is not before:
             precision = 32

@@ -1,6 +1,8 @@
 """What torchaudio 2.9 took from its top level: ``load``, ``save``, ``info``, ``set_audio_backend``, through soundfile.
 
-Same arguments, same tensors as torchaudio 2.5 gave with its sox and soundfile backends. Every other name is
+Same arguments, same tensors as torchaudio 2.5 gave: of a path, those of its sox backend (floating-point samples are
+clipped to +-1, mp3 keeps the encoder's delay, ``normalize=False`` gives every format's own integers); of a file object,
+those of its soundfile backend, which does none of that. Every other name is
 torchaudio's own, so that this module can stand for ``torchaudio`` as a whole where a joblib child process gets its
 functions by reference (``s3prl.util.audio_info``).
 
@@ -21,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from s3prl_speaker_upstreams.compat import sox_program
 from s3prl_speaker_upstreams.compat._errors import AudioUnreadable, UnsupportedAudioOption
 from s3prl_speaker_upstreams.errors import MissingPackage
 
@@ -45,8 +48,10 @@ _ENCODINGS = {
     "OPUS": ("OPUS", 0),
     "MPEG_LAYER_III": ("MP3", 0),
 }
-# what normalize=False gives for a WAV file; everything else was and is float32
+# what normalize=False gives for a WAV file object; everything else was and is float32
 _NATIVE_DTYPES = {"PCM_16": "int16", "PCM_32": "int32", "FLOAT": "float32", "DOUBLE": "float64"}
+# what it gives for a path, of whatever format but FLAC
+_SOX_DTYPES = {"PCM_U8": "uint8", "PCM_16": "int16", "PCM_24": "int32", "PCM_32": "int32"}
 
 
 def _soundfile() -> Any:
@@ -59,13 +64,17 @@ def _soundfile() -> Any:
     return soundfile
 
 
+def _is_path(source: Source) -> bool:
+    return isinstance(source, str) or hasattr(source, "__fspath__")
+
+
 def _open(source: Source) -> Any:
     soundfile = _soundfile()
     try:
         return soundfile.SoundFile(source, "r")
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
-        name = source if isinstance(source, str) or hasattr(source, "__fspath__") else type(source).__name__
-        if isinstance(name, str) or hasattr(name, "__fspath__"):
+        name: Any = source if _is_path(source) else type(source).__name__
+        if _is_path(source):
             if not os.path.exists(name):
                 raise AudioUnreadable(f"{name}: no such file; check the corpus root in the configuration") from error
             raise AudioUnreadable(
@@ -97,8 +106,10 @@ def load(
     """Read audio.
 
     frame_offset, num_frames : samples to skip, samples to read (-1: all that are left)
-    normalize : float32 in +-1; if False, WAV files keep their own type (int16, int32, float32, float64)
-    format, buffer_size, backend : accepted; soundfile tells the format from the content
+    normalize : float32 in +-1; if False, integers keep their type (uint8, int16, int32; 24 bits in the upper part of
+        int32), of a file object only those of WAV
+    format, buffer_size : accepted; the format is told from the content
+    backend : "soundfile" reads a path as that backend of torchaudio did; all others as its sox backend did
     Returns ``(channels, samples)`` (or ``(samples, channels)``), samples per second.
     Raises AudioUnreadable, UnsupportedAudioOption.
     """
@@ -109,26 +120,63 @@ def load(
             f"torchaudio.load: got frame_offset={frame_offset}, num_frames={num_frames}; "
             "expected an offset of 0 or more, and -1 (all) or a positive number of frames"
         )
+    is_path = backend != "soundfile" and _is_path(uri)
     with _open(uri) as file:
-        dtype = "float32"
-        if not normalize and file.format in ("WAV", "WAVEX"):
-            if file.subtype not in _NATIVE_DTYPES:
-                raise UnsupportedAudioOption(
-                    f"torchaudio.load({uri!r}, normalize=False): got {file.subtype}; expected one of "
-                    f"{sorted(_NATIVE_DTYPES)}; use normalize=True"
-                )
-            dtype = _NATIVE_DTYPES[file.subtype]
         rate = file.samplerate
-        try:
-            if frame_offset >= file.frames:
-                samples = np.zeros((0, file.channels), dtype=dtype)
-            else:
-                file.seek(frame_offset)
-                samples = file.read(frames=num_frames, dtype=dtype, always_2d=True)
-        except _soundfile().LibsndfileError as error:
-            raise AudioUnreadable(f"{uri}: damaged or truncated audio ({error}); fetch the file again") from error
+        through_sox = is_path and _is_mp3(file)
+        dtype = "float32" if normalize else _dtype(uri, file, is_path)
+        if not through_sox:
+            samples = _read(uri, file, frame_offset, num_frames, "int16" if dtype == "uint8" else dtype)
+            if is_path and file.subtype in ("FLOAT", "DOUBLE"):
+                np.clip(samples, -1, 1, out=samples)
+    if dtype == "uint8":  # soundfile reads no unsigned samples: theirs are in the upper half
+        samples = ((samples >> 8) + 128).astype(np.uint8)
+    if through_sox:
+        stop = None if num_frames < 0 else frame_offset + num_frames
+        samples = _mp3(uri)[frame_offset:stop]
     wav = torch.from_numpy(samples)
     return (wav.t() if channels_first else wav), rate
+
+
+def _dtype(uri: Source, file: Any, is_path: bool) -> str:
+    """What ``normalize=False`` gives."""
+    if is_path:
+        return "float32" if file.format == "FLAC" else _SOX_DTYPES.get(file.subtype, "float32")
+    if file.format not in ("WAV", "WAVEX"):
+        return "float32"
+    if file.subtype not in _NATIVE_DTYPES:
+        raise UnsupportedAudioOption(
+            f"torchaudio.load({uri!r}, normalize=False): got {file.subtype}; expected one of {sorted(_NATIVE_DTYPES)}; "
+            "use normalize=True"
+        )
+    return _NATIVE_DTYPES[file.subtype]
+
+
+def _read(uri: Source, file: Any, offset: int, count: int, dtype: str) -> np.ndarray:
+    """(frames, channels)"""
+    if offset >= file.frames:
+        return np.zeros((0, file.channels), dtype=dtype)
+    try:
+        file.seek(offset)
+        return file.read(frames=count, dtype=dtype, always_2d=True)
+    except _soundfile().LibsndfileError as error:
+        raise AudioUnreadable(f"{uri}: damaged or truncated audio ({error}); fetch the file again") from error
+
+
+def _is_mp3(file: Any) -> bool:
+    """Whether sox is to read it: soundfile takes the encoder's delay away, libsox did not."""
+    return file.subtype.startswith("MPEG") and sox_program.find() is not None
+
+
+def _mp3(path: Any) -> np.ndarray:
+    """(frames, channels) of an mp3 file, as libsox reads it; as soundfile does where sox was built without mp3."""
+    program = sox_program.find()
+    assert program is not None
+    done = sox_program.call(program, ["--no-glob", os.path.abspath(path)])
+    if done.returncode != 0 and b"no handler for" in done.stderr:
+        with _open(path) as file:
+            return _read(path, file, 0, -1, "float32")
+    return sox_program.result(done, str(path))[0]
 
 
 @dataclass
@@ -143,7 +191,7 @@ class AudioMetaData:
 
 
 def info(uri: Source, format: str | None = None, buffer_size: int = 4096, backend: str | None = None) -> AudioMetaData:
-    """Sample rate, frames, channels, bits and encoding of an audio file, without decoding it.
+    """Sample rate, frames, channels, bits and encoding of an audio file, without decoding it (mp3 by path is decoded).
 
     Raises AudioUnreadable.
     """
@@ -153,7 +201,10 @@ def info(uri: Source, format: str | None = None, buffer_size: int = 4096, backen
         encoding, bits = _ENCODINGS.get(file.subtype, ("UNKNOWN", 0))
         if file.format == "FLAC":
             encoding = "FLAC"
-        return AudioMetaData(file.samplerate, file.frames, file.channels, bits, encoding)
+        frames = file.frames
+        if backend != "soundfile" and _is_path(uri) and _is_mp3(file):
+            frames = len(_mp3(uri))
+        return AudioMetaData(file.samplerate, frames, file.channels, bits, encoding)
 
 
 _SUBTYPES = {

@@ -13,7 +13,7 @@ import soundfile
 import torch
 import torchaudio
 
-from s3prl_speaker_upstreams.compat import sox_effects
+from s3prl_speaker_upstreams.compat import sox_effects, sox_program
 from s3prl_speaker_upstreams.compat._errors import AudioUnreadable, UnsupportedEffect
 from s3prl_speaker_upstreams.compat.silence import Period, trim_silence
 
@@ -78,7 +78,7 @@ def recordings(tmp_path_factory):
 
 @pytest.fixture
 def no_program(monkeypatch):
-    monkeypatch.setattr(sox_effects.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sox_program.shutil, "which", lambda name: None)
 
 
 def own(path, effects):
@@ -124,7 +124,7 @@ def test_equals_torchaudios_libsox_bit_for_bit(recordings, effects, way, monkeyp
     if way == "program" and shutil.which("sox") is None:
         pytest.skip("the sox program is not on the path (apt-get install sox)")
     if way == "own":
-        monkeypatch.setattr(sox_effects.shutil, "which", lambda name: None)
+        monkeypatch.setattr(sox_program.shutil, "which", lambda name: None)
     for path in recordings:
         theirs, rate = REAL.apply_effects_file(path, effects)
         ours, our_rate = sox_effects.apply_effects_file(path, effects)
@@ -138,7 +138,7 @@ def test_tensors_equal_torchaudios_libsox(effects, way, monkeypatch):
     if way == "program" and shutil.which("sox") is None:
         pytest.skip("the sox program is not on the path (apt-get install sox)")
     if way == "own":
-        monkeypatch.setattr(sox_effects.shutil, "which", lambda name: None)
+        monkeypatch.setattr(sox_program.shutil, "which", lambda name: None)
     for seed in range(4):
         wav = torch.from_numpy(speechlike(seed)).float()[None].repeat(2, 1)
         theirs, rate = REAL.apply_effects_tensor(wav, 16000, effects)
@@ -205,7 +205,7 @@ def test_long_runs_cross_the_blocks_of_the_level():
 )
 def test_anything_else_raises_with_and_without_the_program(effects, said, monkeypatch, recordings):
     for which in (shutil.which, lambda name: None):
-        monkeypatch.setattr(sox_effects.shutil, "which", which)
+        monkeypatch.setattr(sox_program.shutil, "which", which)
         with pytest.raises(UnsupportedEffect, match=said):
             sox_effects.apply_effects_tensor(torch.zeros(1, 100), 16000, effects)
         with pytest.raises(UnsupportedEffect, match=said):
@@ -219,8 +219,26 @@ def test_bad_input(tmp_path, no_program, recordings):
         sox_effects.apply_effects_tensor(torch.zeros(100), 16000, BASE)
     with pytest.raises(UnsupportedEffect, match="normalize=False"):
         sox_effects.apply_effects_file(recordings[0], BASE, normalize=False)
-    with pytest.raises(UnsupportedEffect, match="put channels 1 before it"):
-        sox_effects.apply_effects_tensor(torch.zeros(2, 100), 16000, [TRIM[-1]])
+
+
+@program
+@pytest.mark.parametrize("channels", [2, 3])
+@pytest.mark.parametrize("arguments", SILENCES)
+def test_silence_of_several_channels_equals_the_program(channels, arguments, monkeypatch):
+    draw = np.random.default_rng(channels)
+    parts = [speechlike(seed) for seed in range(channels)]
+    longest = max(map(len, parts))
+    wav = np.stack(
+        [
+            np.pad(part, (int(draw.integers(0, 900)), 0))[:longest]
+            for part in map(lambda p: np.resize(p, longest), parts)
+        ]
+    )
+    effects = [["silence", *arguments.split()]]
+    expected, _ = sox_effects.apply_effects_tensor(torch.from_numpy(wav.astype(np.float32)), 16000, effects)
+    monkeypatch.setattr(sox_program.shutil, "which", lambda name: None)
+    got, _ = sox_effects.apply_effects_tensor(torch.from_numpy(wav.astype(np.float32)), 16000, effects)
+    assert torch.equal(got, expected)
 
 
 @program
@@ -242,7 +260,7 @@ def test_file_names_are_names(tmp_path, monkeypatch):
 @pytest.mark.parametrize("with_program", [True, False])
 def test_damaged_flac_raises(recordings, tmp_path, with_program, monkeypatch):
     if not with_program:
-        monkeypatch.setattr(sox_effects.shutil, "which", lambda name: None)
+        monkeypatch.setattr(sox_program.shutil, "which", lambda name: None)
     elif shutil.which("sox") is None:
         pytest.skip("the sox program is not on the path (apt-get install sox)")
     cut = tmp_path / "cut.flac"
@@ -283,8 +301,8 @@ def test_child_processes_import_it_by_reference(recordings):
 def test_program_is_not_started_for_what_is_equal_without_it(tmp_path, monkeypatch):
     """KS passes 16 kHz clips by the ten thousand: a process for each would cost more than the training."""
     started = []
-    monkeypatch.setattr(sox_effects.shutil, "which", lambda name: "/usr/bin/sox")
-    monkeypatch.setattr(sox_effects, "_call", lambda *a: started.append(a) or pytest.fail("the program was started"))
+    monkeypatch.setattr(sox_program.shutil, "which", lambda name: "/usr/bin/sox")
+    monkeypatch.setattr(sox_program, "call", lambda *a: started.append(a) or pytest.fail("the program was started"))
     draw = np.random.default_rng(0)
     soundfile.write(tmp_path / "mono.wav", draw.uniform(-0.5, 0.5, 1600), 16000)
     chain = [["channels", "1"], ["rate", "16000"], ["gain", "-3.0"]]

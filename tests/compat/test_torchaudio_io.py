@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -87,8 +88,66 @@ def test_load_and_info_equal_torchaudio(tmp_path, kind, subtype, rate, channels,
 def test_native_types_equal_torchaudio(tmp_path, subtype):
     path, _ = write(tmp_path, "wav", subtype, 16000, 2)
     theirs, _ = torchaudio.load(str(path), normalize=False, backend="soundfile")
-    ours, _ = torchaudio_io.load(str(path), normalize=False)
+    ours, _ = torchaudio_io.load(str(path), normalize=False, backend="soundfile")
     assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+NATIVE = {"PCM_U8": torch.uint8, "PCM_16": torch.int16, "PCM_24": torch.int32, "PCM_32": torch.int32}
+FORMATS = [
+    *(("wav", s) for s in ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")),
+    *((kind, s) for kind in ("aiff", "sph", "au") for s in ("PCM_16", "PCM_24", "PCM_32")),
+    ("flac", "PCM_16"),
+]
+SUFFIX_FORMATS = {"sph": "NIST"}
+
+
+@pytest.mark.parametrize("kind, subtype", FORMATS)
+def test_native_types_of_a_path(tmp_path, kind, subtype):
+    """As torchaudio 2.5's sox backend, measured: every format's own integers, of FLAC and of floats float32."""
+    path = tmp_path / f"a.{kind}"
+    samples = np.random.default_rng(7).uniform(-0.9, 0.9, (1000, 2))
+    soundfile.write(path, samples, 16000, subtype=subtype, format=SUFFIX_FORMATS.get(kind, kind.upper()))
+    native, _ = torchaudio_io.load(path, normalize=False)
+    expected = torch.float32 if kind == "flac" else NATIVE.get(subtype, torch.float32)
+    assert native.dtype == expected
+    scale = {torch.uint8: 2**7, torch.int16: 2**15, torch.int32: 2**31}.get(expected, 1)
+    plain = (native.double() - (128 if expected == torch.uint8 else 0)) / scale
+    assert (plain - torchaudio_io.load(path)[0]).abs().max() <= 2**-24
+    if hasattr(torchaudio, "list_audio_backends") and "sox" in torchaudio.list_audio_backends():
+        theirs, _ = torchaudio.load(str(path), normalize=False, backend="sox")
+        assert theirs.dtype == native.dtype and (theirs.double() - native.double()).abs().max() <= 2**-24
+
+
+@pytest.mark.parametrize("subtype", ["FLOAT", "DOUBLE"])
+def test_samples_beyond_full_scale(tmp_path, subtype):
+    """A path: clipped, as sox clips them. A file object, or the soundfile backend: as they are."""
+    path = tmp_path / "loud.wav"
+    soundfile.write(path, np.array([0.5, 1.5, -3.0, -0.25]), 16000, subtype=subtype)
+    assert torchaudio_io.load(path)[0].tolist() == [[0.5, 1.0, -1.0, -0.25]]
+    loud = [[0.5, 1.5, -3.0, -0.25]]
+    assert torchaudio_io.load(io.BytesIO(path.read_bytes()))[0].tolist() == loud
+    assert torchaudio_io.load(path, backend="soundfile")[0].tolist() == loud
+    if hasattr(torchaudio, "list_audio_backends"):
+        for backend, expected in (("sox", [[0.5, 1.0, -1.0, -0.25]]), ("soundfile", loud)):
+            if backend in torchaudio.list_audio_backends():
+                assert torchaudio.load(str(path), backend=backend)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("rate, samples", [(16000, 12345), (44100, 44100), (8000, 5000)])
+def test_mp3_by_path_and_by_file_object(tmp_path, rate, samples):
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(samples), rate, format="MP3")
+    trimmed, _ = torchaudio_io.load(io.BytesIO(path.read_bytes()))
+    assert trimmed.shape == (1, samples)
+    whole, _ = torchaudio_io.load(path)
+    assert torchaudio_io.info(path).num_frames == whole.shape[1]
+    assert torch.equal(torchaudio_io.load(path, frame_offset=1000, num_frames=500)[0], whole[:, 1000:1500])
+    if shutil.which("sox") is None:
+        pytest.skip("the sox program is not on the path (apt-get install sox)")
+    assert whole.shape[1] > samples, "the encoder's delay and its last frame's padding stay, as with libsox"
+    if hasattr(torchaudio, "list_audio_backends") and "sox" in torchaudio.list_audio_backends():
+        theirs, _ = torchaudio.load(str(path), backend="sox")
+        assert theirs.shape == whole.shape and (theirs - whole).abs().max() <= 2**-24
 
 
 SAVES = [
@@ -160,7 +219,7 @@ def test_unknown_options_raise(tmp_path):
     with pytest.raises(UnsupportedAudioOption, match="bits_per_sample=13"):
         torchaudio_io.save(str(tmp_path / "a.wav"), torch.zeros(1, 10), 16000, bits_per_sample=13)
     with pytest.raises(UnsupportedAudioOption, match="normalize=True"):
-        torchaudio_io.load(write(tmp_path, "wav", "PCM_24", 16000, 2)[0], normalize=False)
+        torchaudio_io.load(io.BytesIO(write(tmp_path, "wav", "PCM_24", 16000, 2)[0].read_bytes()), normalize=False)
     with pytest.raises(AttributeError):
         torchaudio_io.load_wav("x")
 
