@@ -78,13 +78,16 @@ def as_told(told: Format, file: File) -> Format:
 (sslsv); the file looks like none of the known formats (native, speechbrain, sslsv, taoruijie, 3dspeaker, rdino, \
 sdpn, wespeaker)
     """
+    said = _said(file)
+    if said is not None:
+        if said is not told:
+            logger.warning(
+                "%s: is a %s checkpoint, which says itself what it is: format=%s not used",
+                file.path, said.name, told.name,
+            )  # fmt: skip
+        return said
     likeness = _likeness(file)
     claims = {kind.name: kind.claim(file) for kind in BY_NAME.values() if likeness[kind.name][0] >= _ENOUGH}
-    if "native" in claims and told.name != "native":
-        logger.warning(
-            "%s: is a native checkpoint, which says itself what it is: format=%s not used", file.path, told.name
-        )
-        return BY_NAME["native"]
     own, _ = likeness[told.name]
     sure = own >= _ENOUGH and claims[told.name].strength >= INSIDE
     for name in sorted(claims, key=lambda name: (likeness[name][0], claims[name].strength), reverse=True):

@@ -36,6 +36,16 @@ def test_round_trip_is_bit_equal(tiny, tmp_path, format):
     assert torch.equal(outputs[0]["embedding"], outputs[1]["embedding"])
 
 
+@pytest.mark.parametrize("told", ["native", "wespeaker"])
+def test_a_native_file_says_itself_what_it_is_whatever_is_told(tiny, tmp_path, told):
+    """Named entries tell the format of their file, this package's own as well."""
+    path, _ = tiny("speechbrain")
+    target = save_native(read_checkpoint(path, format="speechbrain"), tmp_path / "converted.safetensors")
+    with_word, without = read_checkpoint(target, format=told), read_checkpoint(target)
+    assert with_word.format == "native" and with_word.frontend == without.frontend
+    assert all(torch.equal(with_word.state[name], without.state[name]) for name in without.state)
+
+
 def test_an_encoder_in_a_folder(tmp_path):
     config = DIALECTS["wespeaker"].ecapa_config(channels=16, mfa_channels=24, stride=2)
     encoder = SpeakerEncoder(config, DIALECTS["wespeaker"].frontend).eval()
