@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from s3prl_speaker_upstreams.checkpoints import read_checkpoint
 from s3prl_speaker_upstreams.ecapa import Ecapa
 from s3prl_speaker_upstreams.pretrain.config import DinoConfig
-from s3prl_speaker_upstreams.pretrain.dino import Dino, cross_view_loss, parameter_groups
-from s3prl_speaker_upstreams.pretrain.tasks import CropEncoder
+from s3prl_speaker_upstreams.pretrain.dino import Dino, cross_view_loss
+from s3prl_speaker_upstreams.pretrain.objective import CropEncoder, parameter_groups
 from s3prl_speaker_upstreams.pretrain.trainer import clip_gradients
 
 LR, MOMENTUM, CLIP, EMA = 0.05, 0.9, 3.0, 0.996
@@ -92,7 +92,7 @@ def our_step(
         checkpoint = read_checkpoint(Path(folder) / "avg_model.pt", format="wespeaker")
     encoder = Ecapa(checkpoint.ecapa)
     encoder.load_state_dict(checkpoint.state)
-    config = DinoConfig(prototypes=args.prototypes, teacher_temp=0.04, warmup_teacher_temp=0.04)
+    config = DinoConfig(momentum=EMA, prototypes=args.prototypes, teacher_temp=0.04, warmup_teacher_temp=0.04)
     dino = Dino(CropEncoder(encoder, precision), 192, config)
     head = peer.s_model.projection_head
     for ours in (dino.student.head, dino.teacher.head):
@@ -112,7 +112,7 @@ def our_step(
         loss.backward()
         clip_gradients(parameters, CLIP, "per_parameter")
         optimizer.step()
-        dino.update_teacher(EMA)
+        dino.after_step()
         return out
 
     def timed_step(long: Tensor, short: Tensor) -> float:
@@ -134,7 +134,7 @@ def our_step(
         mark("student head, forward")
         targets = dino._targets(logits)
         loss = cross_view_loss(student, targets.view(2, -1, args.prototypes), 0.1)
-        dino._observe(loss, targets, teacher)
+        dino.watch.see(teacher, targets)
         mark("targets, loss, metrics")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -145,7 +145,7 @@ def our_step(
         mark("clipping")
         optimizer.step()
         mark("optimizer")
-        dino.update_teacher(EMA)
+        dino.after_step()
         mark("teacher update")
         for (_, before), (name, after) in zip(marks, marks[1:], strict=False):
             clock[name] = clock.get(name, 0.0) + after - before

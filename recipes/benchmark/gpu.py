@@ -30,7 +30,8 @@ from s3prl_speaker_upstreams.checkpoints import load_encoder
 from s3prl_speaker_upstreams.ecapa import DIALECTS, Ecapa, Frontend, Ragged, SpeakerEncoder
 from s3prl_speaker_upstreams.pretrain.aam import AamSoftmax
 from s3prl_speaker_upstreams.pretrain.config import DinoConfig
-from s3prl_speaker_upstreams.pretrain.dino import Dino, parameter_groups
+from s3prl_speaker_upstreams.pretrain.dino import Dino
+from s3prl_speaker_upstreams.pretrain.objective import parameter_groups
 
 BUDGET = 520.0  # seconds for all parts; a part that would begin later is skipped by name
 
@@ -173,7 +174,8 @@ def dino_update(dino: Dino, optimizer: torch.optim.Optimizer, batches: list[Tens
     loss.backward()
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 3.0)
     optimizer.step()
-    dino.update_teacher(0.99)
+    dino.momentum = 0.99
+    dino.after_step()
     return loss.detach()
 
 
@@ -263,7 +265,7 @@ def resumed_trainer(bench: Bench) -> None:
                     trainer = assemble.build_trainer(copy.deepcopy(config), out)
                     trainer.run(stop_after=stop)
                     trainer.loader.close()
-                states.append(trainer.task.state_dict())
+                states.append(trainer.objective.state_dict())
         finally:
             torch.use_deterministic_algorithms(False)
     different = sum(not torch.equal(states[0][k], states[1][k]) for k in states[0])

@@ -29,7 +29,7 @@ from s3prl_speaker_upstreams.pretrain.assemble import make_augmenter, make_manif
 from s3prl_speaker_upstreams.pretrain.checkpointing import CheckpointStore
 from s3prl_speaker_upstreams.pretrain.config import PretrainConfig
 from s3prl_speaker_upstreams.pretrain.export import encoder_of, find_checkpoint, recalibrate_encoder
-from s3prl_speaker_upstreams.pretrain.tasks import model_configs
+from s3prl_speaker_upstreams.pretrain.objective import model_configs
 from s3prl_speaker_upstreams.verification.digits import digits_test, evaluate_digits
 from s3prl_speaker_upstreams.verification.embedding import embed_with, fbank_statistics
 from s3prl_speaker_upstreams.verification.plots import plot_training, save_plot

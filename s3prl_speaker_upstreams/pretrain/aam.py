@@ -1,9 +1,8 @@
-"""Additive angular margin softmax (ArcFace, arXiv 1801.07698) with sub-centres and a rising margin."""
+"""Additive angular margin softmax (ArcFace, arXiv 1801.07698) with sub-centres."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,32 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
-__all__ = ["AamSoftmax", "margin_at"]
-
-
-def margin_at(
-    step: int,
-    *,
-    start: int,
-    end: int,
-    initial: float,
-    final: float,
-    shape: Literal["exp", "linear"] = "exp",
-) -> float:
-    """Margin (radians) at an optimizer step: ``initial`` until ``start``, ``final`` from ``end`` on.
-
-    In between it rises linearly, or exponentially towards ``final`` (a thousandth is left at ``end``, as in
-    WeSpeaker).
-
-    >>> [round(margin_at(s, start=10, end=20, initial=0.0, final=0.2), 3) for s in (0, 10, 15, 20, 99)]
-    [0.0, 0.0, 0.194, 0.2, 0.2]
-    """
-    if step >= end:
-        return final
-    if step < start:
-        return initial
-    part = (step - start) / (end - start)
-    return initial + (final - initial) * (part if shape == "linear" else 1.0 - 1e-3**part)
+__all__ = ["AamSoftmax"]
 
 
 class AamSoftmax(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,9 +16,11 @@ from ..common.digests import json_sha256
 from ..data.augment import AugmentConfig, Augmenter
 from ..ecapa import Frontend, SpeakerEncoder
 from ..errors import ConfigError
+from .checkpointing import CheckpointStore
 from .config import PretrainConfig
-from .distributed import is_main, rank, world_size
-from .tasks import model_configs
+from .objective import model_configs
+from .ranks import is_main, rank, world_size
+from .start import adopted
 from .trainer import Trainer, pick_device, start_distributed
 
 __all__ = ["build_trainer", "make_augmenter", "make_manifest"]
@@ -96,8 +99,17 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
 
     data, run = config.data, config.run
     augmenter = make_augmenter(data.augment)
-    classes = 0
+    speakers = 0
+    dataset: pipeline.LabelledCropDataset | pipeline.CachedFeatureDataset | pipeline.MultiCropDataset
     if config.method == "supervised":
+        if not manifest.labelled or len(manifest.speakers) < 2:
+            raise ConfigError(
+                f"supervised training: got {int((manifest.labels < 0).sum())} of {len(manifest)} utterances without a "
+                f"speaker and {len(manifest.speakers)} speakers, expected a speaker for each and at least 2; use "
+                "folders <speaker>/<file>, or a list with 'speaker path' lines"
+            )
+        speakers = len(manifest.speakers)
+    if not config.multi_crop:
         dataset = pipeline.LabelledCropDataset(
             manifest,
             seconds=data.seconds,
@@ -107,9 +119,12 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
             sample_rate=SAMPLE_RATE,
             cache_mb=data.cache_mb,
         )
-        classes = dataset.n_classes
+        kinds = data.speed_classes or len(data.speeds)
+        if kinds < len(data.speeds):
+            raise ConfigError(f"data.speed_classes={kinds}: fewer than the {len(data.speeds)} speeds")
+        speakers *= kinds
     else:
-        crops = {
+        crops: dict[str, Any] = {
             "n_global": data.global_crops,
             "n_local": data.local_crops,
             "global_seconds": data.global_seconds,
@@ -134,7 +149,7 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
     )
     pin = run.device != "cpu" and torch.cuda.is_available()
     loader = pipeline.Loader(dataset, sampler, workers=data.workers, prefetch=data.prefetch, pin_memory=pin)
-    return loader, sampler.batches_per_epoch, classes
+    return loader, sampler.batches_per_epoch, speakers
 
 
 def find_trials(config: PretrainConfig) -> tuple[str, str]:
@@ -172,9 +187,13 @@ def make_evaluation(config: PretrainConfig, manifest: Any) -> Callable[[SpeakerE
 
 def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bool = False) -> Trainer:
     """Everything of a run, in this process; joins torchrun's group first."""
+    if config.missing and not CheckpointStore(Path(out) / "checkpoints").paths():
+        raise ConfigError("; ".join(config.missing))
     device = pick_device(config.run.device)
     start_distributed(device)
     find_trials(config)  # a wrong list is found now, not hours later at the first evaluation
+    model, start = adopted(config.model, out)
+    config = dataclasses.replace(config, model=model)
     manifest = make_manifest(config)
     loader, batches, classes = make_loader(config, manifest)
     data = {
@@ -193,6 +212,8 @@ def build_trainer(config: PretrainConfig, out: str | Path, *, changed_config: bo
         loader=loader,
         batches_per_epoch=batches,
         classes=classes,
+        speakers=torch.as_tensor(manifest.labels) if config.method == "supervised" else None,
+        start=start,
         data=data,
         evaluate=make_evaluation(config, manifest),
         changed_config=changed_config,

@@ -24,7 +24,10 @@ from ..common.digests import file_sha256
 from ..common.files import write_text
 from ..errors import CheckpointUnreadable
 
-__all__ = ["CheckpointStore", "load_rng", "rng_state"]
+__all__ = ["FORMAT", "CheckpointStore", "is_run_checkpoint", "load_rng", "rng_state"]
+
+FORMAT = 2
+"""Of a run's checkpoint. 1: DINO's parts lay under ``core.``, the classifier's encoder was ``encoder_``."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,7 @@ _NAME = re.compile(r"^step_(\d{8})\.pt$")
 def rng_state() -> dict[str, Any]:
     """States of Python's, NumPy's and PyTorch's generators (CPU and every GPU), readable by ``weights_only=True``."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries below us may draw from it
+    name, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())  # noqa: NPY002 - libraries below us may draw from it
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
@@ -52,6 +55,33 @@ def load_rng(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def is_run_checkpoint(path: str | Path) -> bool:
+    """Whether a file is a checkpoint of a run (``step_N.pt``, or an ``average.pt`` of them)."""
+    path = Path(path)
+    if path.suffix != ".pt" or not path.is_file():
+        return False
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # damaged, or no file of PyTorch: its reader says what
+        return bool(_NAME.match(path.name))
+    return isinstance(state, dict) and {"task", "config", "step"} <= state.keys()
+
+
+def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as this version writes it."""
+    if not isinstance(state, dict) or state.get("format") != 1:
+        return state
+    watched = ("core.marginal", "core.recent", "core.seen")
+    task = {}
+    for key, value in state.get("task", {}).items():
+        if key in watched:
+            key = "watch." + key.removeprefix("core.")
+        elif key.startswith("encoder_."):
+            key = "encoder." + key.removeprefix("encoder_.")
+        task[key.removeprefix("core.")] = value
+    return {**state, "format": FORMAT, "task": task}
 
 
 class _Noting(io.FileIO):
@@ -210,7 +240,7 @@ class CheckpointStore:
                 expected, got = record.read_text().split()[0], file_sha256(path)
                 if got != expected:
                     raise CheckpointUnreadable(f"{path}: corrupt: SHA-256 {got[:12]}..., expected {expected[:12]}...")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _upgraded(torch.load(path, map_location="cpu", weights_only=True))
         except CheckpointUnreadable:
             raise
         except Exception as error:  # unpickling a damaged file may raise nearly anything
@@ -226,11 +256,11 @@ class CheckpointStore:
         for path in reversed(self.paths()):
             try:
                 state = self.load(path)
-            except CheckpointUnreadable as error:
-                corrupt.append((path, error))
+            except CheckpointUnreadable as problem:
+                corrupt.append((path, problem))
                 continue
-            for bad, error in corrupt:
-                logger.error("%s; falling back to the checkpoint before it", error)
+            for bad, why in corrupt:
+                logger.error("%s; falling back to the checkpoint before it", why)
                 os.replace(bad, bad.with_name(bad.name + ".corrupt"))
                 bad.with_name(bad.name + ".sha256").unlink(missing_ok=True)
             return state, path

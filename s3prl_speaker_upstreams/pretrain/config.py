@@ -11,7 +11,6 @@ s3prl_speaker_upstreams.errors.ConfigError: unknown key 'dino.prototype'; did yo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,9 @@ import yaml
 from ..common.config import apply_overrides, build, to_dict
 from ..data.augment import AugmentConfig
 from ..errors import ConfigError
+from .schedules import duration_steps
 
 __all__ = [
-    "PRESETS",
     "AamConfig",
     "CollapseConfig",
     "DataConfig",
@@ -33,42 +32,31 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PretrainConfig",
+    "ProjectorConfig",
     "RunConfig",
-    "duration_steps",
+    "SimclrConfig",
+    "VicregConfig",
+    "differences",
+    "flat",
     "load",
     "read_yaml",
 ]
 
-_DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e-?[0-9]+)?)\s*(epochs?|steps?|%)?\s*$")
-
-
-def duration_steps(text: str | float, steps_per_epoch: int, total_steps: int) -> int:
-    """Optimizer steps of a duration written as "20 epochs" (or plain 20), "40 steps" or "10%" of the run.
-
-    >>> duration_steps("2 epochs", 100, 1000), duration_steps(0.5, 100, 1000), duration_steps("40 steps", 100, 1000)
-    (200, 50, 40)
-    >>> duration_steps("10%", 100, 1000)
-    100
-    """
-    match = _DURATION.match(str(text))
-    if match is None:
-        raise ConfigError(f"duration {text!r}: expected '20 epochs', '40 steps' or '10%'")
-    number, unit = float(match.group(1)), (match.group(2) or "epochs")
-    if unit.startswith("epoch"):
-        return round(number * steps_per_epoch)
-    return round(number) if unit.startswith("step") else round(total_steps * number / 100)
-
 
 @dataclass
 class ModelConfig:
-    """The network: a dialect of :mod:`s3prl_speaker_upstreams.ecapa` and fields that differ from its defaults."""
+    """The network: a dialect of :mod:`s3prl_speaker_upstreams.ecapa` and fields that differ from its defaults.
+
+    With ``init`` the network and the front-end are those of the checkpoint: ``ecapa`` and ``frontend`` then are changes
+    to them, and a ``dialect`` other than "native" replaces the front-end by its own.
+    """
 
     dialect: str = "native"
     ecapa: dict = field(default_factory=dict)  # fields of EcapaConfig, e.g. channels: 512
     frontend: dict = field(default_factory=dict)  # fields of FrontendConfig
-    init: str | None = (
-        None  # start from a checkpoint: any readable format, or a run's step_N.pt (classifier and head too)
-    )
+    # Start from weights: a name of the registry, a file or folder of any readable format, or a run's folder, step_N.pt
+    # or average.pt (then also its head, where objective and speakers are the same; otherwise a new one).
+    init: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.ecapa, dict) or not isinstance(self.frontend, dict):
@@ -88,7 +76,11 @@ class DataConfig:
     local_crops: int = 4
     local_seconds: float = 2.0
     seconds: float = 3.0  # supervised training's segment
-    speeds: tuple[float, ...] = (1.0, 0.9, 1.1)  # each speed but 1.0 makes new speakers of every speaker
+    # single: one segment of an utterance (supervised); multi: the global and local crops (all others); auto: which of
+    # the two the objective is usually trained on
+    crops: Literal["auto", "single", "multi"] = "auto"
+    speeds: tuple[float, ...] = (1.0, 0.9, 1.1)  # single crops: each speed but 1.0 makes new speakers of every speaker
+    speed_classes: int | None = None  # classes of each speaker; None: one per speed
     workers: int = 0
     prefetch: int = 4
     cache_mb: int = 0
@@ -113,7 +105,7 @@ class CollapseConfig:
 
 @dataclass
 class DinoConfig:
-    """Self-distillation without labels: Caron et al. 2021, arXiv 2104.14294."""
+    """Self-distillation without labels: Caron et al. 2021, arXiv 2104.14294; with the fields at the end RDINO, SDPN."""
 
     prototypes: int = 65536
     head_layers: int = 3
@@ -133,9 +125,16 @@ class DinoConfig:
     koleo: float = 0.0  # weight; Sablayrolles et al. 2019, arXiv 1806.03198, on the student's global embeddings
     variance: float = 0.0  # RDINO (arXiv 2211.04168): hinge on the deviation of each embedding dimension
     covariance: float = 0.0  # RDINO: squared covariance off the diagonal
+    # paper: divided by the embedding's dimension (512 there); code: by the number of prototypes (65,536), as the
+    # authors' published code does, which makes the term 128 times weaker
+    covariance_scale: Literal["paper", "code"] = "paper"
     regularisation_weight: float = 0.2  # multiplies variance and covariance at the end of their warm-up
     regularisation_start: float = 0.05
     regularisation_warmup: str = "10 epochs"
+    # SDPN (arXiv 2308.02774): teacher and student share the student's prototypes, and the mean assignment is kept flat.
+    # Its recipe: prototypes=1024 targets=sinkhorn teacher_temp=0.025 me_max=1 koleo=0.1, 1 global and 4 local crops.
+    shared_prototypes: bool = False
+    me_max: float = 0.0  # weight
     # How the teacher's BatchNorm is normalised while training, and what running statistics it keeps:
     # own:     by its batch; running statistics of its own batches (the original DINO, WeSpeaker)
     # student: by its batch; running statistics copied from the student after each step
@@ -158,6 +157,8 @@ class DinoConfig:
 class AamConfig:
     """Additive angular margin softmax: Deng et al., arXiv 1801.07698; sub-centres: Deng et al., ECCV 2020."""
 
+    loss: Literal["aam", "softmax"] = "aam"  # softmax: plain, over a linear layer; the fields below mean nothing then
+
     scale: float = 32.0
     margin: float = 0.2
     initial_margin: float = 0.0
@@ -165,6 +166,37 @@ class AamConfig:
     margin_end: str = "40 epochs"  # ... to here
     margin_shape: Literal["exp", "linear"] = "exp"
     sub_centres: int = 1
+
+
+@dataclass
+class ProjectorConfig:
+    """The layers between embedding and loss: linear, BatchNorm and ReLU; dropped after training."""
+
+    layers: int = 2
+    hidden: int = 2048
+    dim: int = 512
+
+
+@dataclass
+class SimclrConfig:
+    """SimCLR: Chen et al. 2020, arXiv 2002.05709."""
+
+    temperature: float = 0.1
+    head: ProjectorConfig = field(default_factory=ProjectorConfig)
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"simclr.temperature: got {self.temperature}, expected above 0")
+
+
+@dataclass
+class VicregConfig:
+    """VICReg: Bardes et al. 2022, arXiv 2105.04906; the weights are the paper's."""
+
+    invariance: float = 25.0
+    variance: float = 25.0
+    covariance: float = 1.0
+    head: ProjectorConfig = field(default_factory=lambda: ProjectorConfig(layers=3, hidden=2048, dim=2048))
 
 
 @dataclass
@@ -203,6 +235,8 @@ class RunConfig:
     epochs: float = 150.0
     steps: int | None = None  # instead of epochs
     batch: int = 64  # utterances per process and micro-batch
+    # Micro-batches whose gradients are added up for one step. Not the same as a larger batch: BatchNorm, DINO's centre,
+    # Sinkhorn-Knopp, KoLeo, negatives and covariances see each micro-batch alone. More processes see the global batch.
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "auto"
@@ -213,28 +247,43 @@ class RunConfig:
     keep_best: bool = True  # lowest EER on the trial list
     tensorboard: bool = True
     threads: int | None = None
+    compile: bool = False  # the encoder through torch.compile: faster steps after some minutes of compiling
 
 
 @dataclass
 class PretrainConfig:
     """One pre-training run."""
 
-    method: Literal["dino", "supervised"] = "dino"
+    method: Literal["dino", "supervised", "simclr", "vicreg"] = "dino"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dino: DinoConfig = field(default_factory=DinoConfig)
     aam: AamConfig = field(default_factory=AamConfig)
+    simclr: SimclrConfig = field(default_factory=SimclrConfig)
+    vicreg: VicregConfig = field(default_factory=VicregConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    # What was asked for and cannot be done as it stands, such as noise without recordings: a new run refuses to begin.
+    missing: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    @property
+    def multi_crop(self) -> bool:
+        """Whether a batch holds the global and local crops of each utterance, or one segment."""
+        return self.data.crops == "multi" or (self.data.crops == "auto" and self.method != "supervised")
 
     def __post_init__(self) -> None:
         if self.run.batch < 1 or self.run.accumulate < 1:
             raise ConfigError(
                 f"run: batch ({self.run.batch}) and accumulate ({self.run.accumulate}) must be at least 1"
             )
-        if self.method == "dino" and self.data.global_crops < 2 and self.data.local_crops < 1:
-            raise ConfigError("data: DINO compares different views; global_crops >= 2 or local_crops >= 1 is needed")
+        if self.method != "supervised":
+            if self.data.global_crops < 2 and self.data.local_crops < 1:
+                raise ConfigError(
+                    f"data: {self.method} compares different views; global_crops >= 2 or local_crops >= 1 is needed"
+                )
+            if not self.multi_crop:
+                raise ConfigError(f"data.crops=single: {self.method} compares several crops; use auto or multi")
         if self.run.keep_last < 1:
             raise ConfigError("run.keep_last must be at least 1: a run that is stopped could not go on")
         for name, value in (
@@ -279,184 +328,13 @@ class PretrainConfig:
         return build(cls, values)
 
 
-# WeSpeaker examples/voxceleb/v3/dino/conf/ecapa_tdnn.yaml and ssl/bin/train_dino.py at commit
-# dfa741957e5c11f477623b6e583d67d0af25ee88: ECAPA C=512 with global-context attention and BatchNorm behind the
-# embedding, Vox1-O 3.016 % EER. 2 GPUs x 64; lr 0.2 and min_lr 5e-5 per 256 utterances; 150 epochs, 20 warm-up; SGD,
-# momentum 0.9, no Nesterov; clip 3 per parameter; last layer frozen for one epoch; teacher temperature 0.04 to 0.07
-# over 20 % of the run; centre momentum 0.9; teacher momentum 0.996 to 1; crops 2 x 300 and 4 x 200 frames; every crop
-# gets either reverberation or MUSAN noise (here each with probability 0.5: some get both and some neither).
-_VOXCELEB2_DINO: dict[str, Any] = {
-    "method": "dino",
-    "model": {"dialect": "wespeaker", "ecapa": {"channels": 512, "attention_context": True, "embedding_norm": True}},
-    "data": {
-        "workers": 12,
-        "augment": {"noise_p": 0.5, "rir_p": 0.5},
-    },
-    "optim": {"lr": 0.2, "min_lr": 5e-5, "warmup": "20 epochs", "weight_decay": 5e-5, "weight_decay_end": 5e-5},
-    "run": {"epochs": 150, "batch": 64},
-}
-
-# WeSpeaker examples/voxceleb/v2/conf/ecapa_tdnn.yaml, utils/schedulers.py, same commit: ECAPA C=512, Vox1-O 1.069 %
-# EER (0.957 with AS-norm). Segments of 200 frames, noise or reverberation with probability 0.6, speeds 0.9 / 1.0 / 1.1
-# as three times the speakers; SGD with Nesterov, weight decay 1e-4 on every parameter, lr 0.1 to 5e-5 exponentially
-# with 6 warm-up epochs, scaled by global batch / 64; scale 32, margin 0 to 0.2 between epochs 20 and 40.
-# Compare 3D-Speaker egs/voxceleb/sv-ecapa/conf/ecapa_tdnn.yaml (commit 09e7806729ed412d3f216316a552a30c8e9e37fa):
-# C=1024, 3 s, augmentation 0.8, lr 0.2 cosine to 5e-5 over 70 epochs at batch 256, margin 0.3 between epochs 20 and 50.
-_VOXCELEB2_SUPERVISED: dict[str, Any] = {
-    "method": "supervised",
-    "model": {"dialect": "wespeaker", "ecapa": {"channels": 512, "attention_context": True}},
-    "data": {"seconds": 2.015, "workers": 16, "augment": {"noise_p": 0.3, "rir_p": 0.3}},
-    "aam": {"scale": 32.0, "margin": 0.2, "margin_start": "19 epochs", "margin_end": "39 epochs"},
-    "optim": {
-        "lr": 0.1,
-        "min_lr": 5e-5,
-        "lr_reference_batch": 64,
-        "schedule": "exponential",
-        "warmup": "6 epochs",
-        "nesterov": True,
-        "weight_decay": 1e-4,
-        "weight_decay_end": 1e-4,
-        "decay_norm_and_bias": True,
-        "clip": 0.0,
-    },
-    "run": {"epochs": 150, "batch": 128},
-}
-
-# Large-margin fine-tuning, WeSpeaker examples/voxceleb/v2/conf/*_lm.yaml: 6 s segments, margin fixed at 0.5, 5 epochs,
-# lr 1e-4 to 2.5e-5 after one warm-up epoch, batch 64. Start it with model.init=<the supervised run's checkpoint>.
-_VOXCELEB2_LARGE_MARGIN: dict[str, Any] = {
-    **_VOXCELEB2_SUPERVISED,
-    "data": {**_VOXCELEB2_SUPERVISED["data"], "seconds": 6.015},
-    "aam": {"scale": 32.0, "margin": 0.5, "initial_margin": 0.5, "margin_start": "0 epochs", "margin_end": "0 epochs"},
-    "optim": {**_VOXCELEB2_SUPERVISED["optim"], "lr": 1e-4, "min_lr": 2.5e-5, "warmup": "1 epoch"},
-    "run": {"epochs": 5, "batch": 64},
-}
-
-# The recipe found by experiment on an hour of unlabelled commands (one CPU thread, minutes): Sinkhorn-Knopp targets and
-# KoLeo, because plain centring collapses on so little data; a small network with stride 2; crops of 2 and 1 seconds;
-# light noise, no reverberation. Give it speech whose silent ends were cut off (recipes/pretrain/trim_silence.py): crops
-# that are mostly silence have nothing in common. The front-end ends at 4 kHz (60 bands, as dense as 80 up to 8 kHz):
-# the test set (digits) has nothing above, and a network that never looks there behaves the same on telephone and on
-# wide-band speech.
-_SMALL_DINO: dict[str, Any] = {
-    "method": "dino",
-    "model": {
-        "ecapa": {"n_mels": 60, "channels": 128, "mfa_channels": 384, "stride": 2, "embedding_dim": 128},
-        "frontend": {
-            "n_mels": 60,
-            "fmax": 4000.0,
-            "n_fft": 512,
-            "window": "hann",
-            "center_pad": "reflect",
-            "mel": "htk",
-            "log": "ln",
-            "log_floor": 1e-6,
-            "log_floor_mode": "add",
-            "top_db": None,
-        },
-    },
-    "data": {
-        "global_seconds": 2.0,
-        "local_seconds": 1.0,
-        "feature_versions": 8,
-        "augment": {"noise_p": 0.5, "snr_db": [15.0, 30.0], "rir_p": 0.0},
-    },
-    "dino": {
-        "prototypes": 2048,
-        "head_hidden": 512,
-        "bottleneck": 128,
-        "head_norm": False,
-        "targets": "sinkhorn",
-        "koleo": 0.3,
-        "teacher_temp": 0.04,
-        "momentum": 0.98,
-        "momentum_end": 0.998,
-        "freeze_last_layer": "1 epoch",
-    },
-    "optim": {
-        "name": "adamw",
-        "lr": 1e-3,
-        "min_lr": 1e-5,
-        "lr_reference_batch": None,
-        "warmup": "40 steps",
-        "weight_decay": 1e-4,
-        "weight_decay_end": 1e-4,
-        "clip": 3.0,
-        "clip_mode": "global",
-    },
-    "run": {"steps": 240, "batch": 32, "precision": "bf16", "log_every": 10, "save_every": "50 steps", "seed": 1},
-}
-
-_SMALL_SUPERVISED: dict[str, Any] = {
-    "method": "supervised",
-    "model": _SMALL_DINO["model"],
-    "data": {
-        "seconds": 2.0,
-        "min_seconds": 1.0,
-        "speeds": [1.0],
-        "augment": {"noise_p": 0.5, "snr_db": [10.0, 30.0], "rir_p": 0.2},
-    },
-    "aam": {"margin": 0.2, "margin_start": "20%", "margin_end": "50%"},
-    "optim": {**_SMALL_DINO["optim"], "weight_decay": 1e-3, "weight_decay_end": 1e-3},
-    "run": {"steps": 400, "batch": 64, "precision": "bf16", "log_every": 10, "save_every": "50 steps", "seed": 1},
-}
-
-# Seconds, not minutes: that a machine can train at all, and what the tests run.
-_SMOKE: dict[str, Any] = {
-    "method": "dino",
-    "model": {
-        "ecapa": {
-            "channels": 32,
-            "mfa_channels": 48,
-            "embedding_dim": 24,
-            "se_channels": 16,
-            "attention_channels": 16,
-            "stride": 2,
-        }
-    },
-    "data": {"global_seconds": 0.8, "local_seconds": 0.5, "local_crops": 2, "min_seconds": 0.4, "seconds": 0.6},
-    "dino": {
-        "prototypes": 64,
-        "head_hidden": 32,
-        "bottleneck": 16,
-        "head_norm": False,
-        "targets": "sinkhorn",
-        "koleo": 0.1,
-        "teacher_temp": 0.04,
-        "momentum": 0.9,
-        "freeze_last_layer": "2 steps",
-        "collapse": {"action": "warn"},
-    },
-    "aam": {"margin_start": "20%", "margin_end": "60%"},
-    "optim": {
-        "name": "adamw",
-        "lr": 1e-3,
-        "min_lr": 1e-4,
-        "lr_reference_batch": None,
-        "warmup": "3 steps",
-        "weight_decay": 1e-4,
-        "weight_decay_end": 1e-4,
-    },
-    "run": {"steps": 20, "batch": 8, "log_every": 1, "save_every": "5 steps", "tensorboard": False, "seed": 0},
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "voxceleb2_dino": _VOXCELEB2_DINO,
-    "voxceleb2_supervised": _VOXCELEB2_SUPERVISED,
-    "voxceleb2_large_margin": _VOXCELEB2_LARGE_MARGIN,
-    "small_dino": _SMALL_DINO,
-    "small_supervised": _SMALL_SUPERVISED,
-    "smoke": _SMOKE,
-}
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping; ConfigError if the file is missing or holds something else."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise ConfigError(
-            f"{path}: {error.strerror or error}; pass --preset {{{', '.join(PRESETS)}}} instead?"
+            f"{path}: {error.strerror or error}; expected a YAML file of settings (presets: --preset NAME)"
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
@@ -474,14 +352,72 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def load(preset: str | None = None, *, file: str | Path | None = None, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """The configuration of a run: preset, then YAML file, then ``key=value`` overrides, later ones winning.
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys.
+
+    >>> flat({"optim": {"lr": 0.1, "betas": (0.9, 0.99)}})
+    {'optim.lr': 0.1, 'optim.betas': [0.9, 0.99]}
+    """
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def differences(a: PretrainConfig, b: PretrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configurations differ, with both values.
+
+    >>> differences(load("matched_dino"), load("matched_supervised"))
+    {'method': ('dino', 'supervised')}
+    """
+    one, two = flat(a.to_dict()), flat(b.to_dict())
+    return {k: (one.get(k), two.get(k)) for k in (*one, *(k for k in two if k not in one)) if one.get(k) != two.get(k)}
+
+
+def _missing(config: PretrainConfig, values: dict[str, Any]) -> list[str]:
+    """What ``values`` say explicitly and nothing stands behind."""
+    out, asked = [], values.get("data", {}).get("augment", {})
+    for probability, source, option in (("noise_p", "noise", "--noise"), ("rir_p", "rirs", "--rirs")):
+        augment = config.data.augment
+        if probability in asked and getattr(augment, probability) > 0 and not getattr(augment, source):
+            out.append(
+                f"data.augment.{probability}={getattr(augment, probability):g}, but no recordings: pass {option} "
+                f"FOLDER, or train without: --set data.augment.{probability}=0"
+            )
+    if config.method == "supervised" and config.aam.initial_margin >= 0.4 and not config.model.init:
+        out.append(
+            f"aam.initial_margin={config.aam.initial_margin:g} is for fine-tuning, an untrained network does not learn "
+            "with it: set model.init=CHECKPOINT (the average.pt of a supervised run), or aam.initial_margin=0"
+        )
+    return out
+
+
+def load(
+    preset: str | None = None,
+    *,
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    given: dict[str, Any] | None = None,
+) -> PretrainConfig:
+    """The configuration of a run: preset, then YAML file, then ``key=value`` overrides, then ``given``, later winning.
+
+    Where file, overrides or ``given`` (nested dictionaries) set ``model.init``, the preset's ``model`` section does not
+    hold: network and front-end are the checkpoint's, but for what they say themselves.
 
     Raises ConfigError if the preset or a key is unknown, or a value is of the wrong type or out of range.
     """
+    from .presets import PRESETS
+
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown; valid presets: {', '.join(PRESETS)}")
-    values = _merge({}, PRESETS[preset]) if preset else {}
-    if file is not None:
-        values = _merge(values, read_yaml(file))
-    return PretrainConfig.from_dict(apply_overrides(values, overrides))
+    told = read_yaml(file) if file is not None else {}
+    told = _merge(apply_overrides(told, overrides), given or {})
+    values = _merge(PRESETS[preset] if preset else {}, told)
+    if isinstance(told.get("model"), dict) and told["model"].get("init"):
+        values["model"] = told["model"]
+    config = PretrainConfig.from_dict(values)
+    config.missing = _missing(config, values)
+    return config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .. import __version__
 from ..checkpoints import Checkpoint, read_checkpoint, save_native
-from ..common.files import write_text
+from ..common.files import write_text, write_whole
 from ..common.provenance import git_revision
 from ..ecapa import SpeakerEncoder
 from ..errors import CheckpointMismatch, CheckpointUnreadable, ConfigError
-from .checkpointing import CheckpointStore
+from .checkpointing import CheckpointStore, is_run_checkpoint
 from .config import PretrainConfig
 from .norms import recalibrate_norms
-from .tasks import model_configs
+from .objective import ENCODERS, model_configs, roles_of
 
 __all__ = [
     "average_checkpoints",
@@ -34,12 +34,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-_PREFIXES = {
-    "teacher": "core.teacher.encoder.ecapa.",
-    "student": "core.student.encoder.ecapa.",
-    "supervised": "encoder_.ecapa.",
-}
 
 
 def find_checkpoint(run: str | Path, which: str = "newest") -> Path:
@@ -71,14 +65,15 @@ def find_checkpoint(run: str | Path, which: str = "newest") -> Path:
 def encoder_of(state: dict[str, Any], role: str | None = None) -> tuple[SpeakerEncoder, str]:
     """The speaker encoder in a run's checkpoint and its role.
 
-    role : "teacher" (default of DINO) or "student"; "supervised" for AAM-softmax. Raises ConfigError for another.
+    role : "teacher" (default of DINO) or "student"; "supervised" for a classifier, "student" for SimCLR and VICReg.
+    Raises ConfigError for another.
     """
     config = PretrainConfig.from_dict(state["config"])
-    valid = ("teacher", "student") if config.method == "dino" else ("supervised",)
+    valid = roles_of(config.method)
     role = role or valid[0]
     if role not in valid:
         raise ConfigError(f"role {role!r}: this {config.method} run has {' and '.join(valid)}")
-    prefix = _PREFIXES[role]
+    prefix = ENCODERS[config.method][role]
     weights = {k[len(prefix) :]: v for k, v in state["task"].items() if k.startswith(prefix)}
     encoder = SpeakerEncoder(*model_configs(config.model))
     encoder.ecapa.load_state_dict(weights)
@@ -183,7 +178,7 @@ def provenance_of(state: dict[str, Any], path: Path, norm_policy: str) -> dict[s
     }
 
 
-def average_states(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def average_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of floating-point tensors in double precision, rounded once; counters are those of the last.
 
     >>> average_states([{"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}])["w"]
@@ -214,8 +209,9 @@ def average_checkpoints(
     """Average encoders and write the result in this project's format.
 
     sources : a run's folder (its ``last`` checkpoints are taken, without one that was only kept as the best), or
-    several checkpoints of any readable format. last : default 5, or all if there are fewer; more than there are is a
-    ConfigError, since the average would be of fewer than was asked for.
+    several checkpoints of any readable format. destination : a .safetensors file or a folder gets the encoder; a .pt
+    file all weights of a run, to start from (``model.init``). last : default 5, or all if there are fewer; more than
+    there are is a ConfigError, since the average would be of fewer than was asked for.
     """
     if len(sources) == 1 and Path(sources[0]).is_dir() and (Path(sources[0]) / "checkpoints").is_dir():
         files = CheckpointStore(Path(sources[0]) / "checkpoints").recent()
@@ -228,10 +224,12 @@ def average_checkpoints(
     else:
         files = [Path(s) for s in sources]
     checkpoints: list[Checkpoint] = []
+    states: list[dict[str, Any]] = []
     base: dict[str, Any] = {}
     for file in files:
-        if file.name.startswith("step_") and file.suffix == ".pt":
+        if is_run_checkpoint(file):
             state = CheckpointStore.load(file)
+            states.append(state)
             encoder, found = encoder_of(state, role)
             base = provenance_of(state, file, "averaged")
             checkpoints.append(
@@ -253,6 +251,8 @@ def average_checkpoints(
     for file, other in zip(files[1:], checkpoints[1:], strict=True):
         if other.ecapa != first.ecapa or other.frontend != first.frontend:
             raise CheckpointMismatch(f"{file}: another network or front-end than {files[0]}; average those of one run")
+    if Path(destination).suffix == ".pt":
+        return _average_run(states, files, Path(destination))
     result = Checkpoint(
         ecapa=first.ecapa,
         frontend=first.frontend,
@@ -264,6 +264,16 @@ def average_checkpoints(
     )
     provenance = {**base, "averaged": [file.name for file in files]}
     return Path(save_native(result, destination, provenance, role=first.role, fp16=fp16))
+
+
+def _average_run(states: Sequence[dict[str, Any]], files: Sequence[Path], destination: Path) -> Path:
+    """All weights of a run averaged, its head or classifier too: what ``model.init`` fine-tunes from."""
+    if len(states) != len(files):
+        raise ConfigError(f"{destination}: only checkpoints of runs (step_N.pt) hold a classifier; give a .safetensors")
+    last = states[-1]
+    kept = {k: last[k] for k in ("format", "step", "epoch", "config", "data", "versions")}
+    whole = {**kept, "task": average_states([s["task"] for s in states]), "averaged": [f.name for f in files]}
+    return write_whole(destination, lambda beside: torch.save(whole, beside), durable=True)
 
 
 def model_card(path: str | Path, *, title: str, sections: dict[str, str]) -> Path:

@@ -32,14 +32,17 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..common.files import append_line, locked, write_text
-from ..errors import Busy, CheckpointMismatch, CheckpointUnreadable, ConfigError, SpeakerUpstreamError
-from .checkpointing import CheckpointStore, load_rng, rng_state
-from .config import PretrainConfig, duration_steps
-from .dino import Collapse, CollapseMonitor, parameter_groups
-from .distributed import is_main, rank, synchronise_norms, world_size
-from .tasks import DinoTask, SupervisedTask, cosine
+from ..ecapa import SpeakerEncoder
+from ..errors import Busy, CheckpointUnreadable, ConfigError, SpeakerUpstreamError
+from .checkpointing import FORMAT, CheckpointStore, load_rng, rng_state
+from .collapse import Collapse, CollapseMonitor
+from .config import PretrainConfig, flat
+from .objective import CropFeatures, build_objective, model_configs, parameter_groups, speaker_encoder
+from .ranks import is_main, rank, synchronise_norms, world_size
+from .schedules import duration_steps, half_cosine, learning_rate
+from .start import Start, begin_from
 
-__all__ = ["NonFinite", "Trainer", "WorkerDied", "learning_rate", "start_distributed"]
+__all__ = ["NonFinite", "Trainer", "WorkerDied", "clip_gradients", "pick_device", "start_distributed"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,21 +107,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def learning_rate(step: int, config: PretrainConfig, *, total: int, warmup: int, scale: float) -> float:
-    """Learning rate of optimizer step ``step``: linear warm-up, then ``optim.schedule``; ``scale`` by global batch.
-
-    "exponential" decays over the whole run from its start and is multiplied by the warm-up, as WeSpeaker does.
-    """
-    optim = config.optim
-    top, low = optim.lr * scale, optim.min_lr * scale
-    if optim.schedule == "exponential":
-        decayed = top * (low / top) ** (step / max(total, 1))
-        return decayed * min(step / warmup, 1.0) if warmup else decayed
-    if step < warmup:
-        return top * step / warmup
-    return top if optim.schedule == "constant" else cosine(step - warmup, total - warmup, top, low)
-
-
 def clip_gradients(parameters: list[nn.Parameter], limit: float, mode: str) -> Tensor:
     """Scale gradients down to norm ``limit`` (each parameter's own, or all together); returns the norm before."""
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -149,8 +137,10 @@ class _Scaler:
 class Trainer:
     """Train as ``config`` says into the folder ``out``; goes on from its newest checkpoint if there is one.
 
-    ``loader`` yields batches of the task (see :mod:`.data`), has ``state_dict`` / ``load_state_dict`` and
-    ``waited_seconds``; ``batches_per_epoch`` counts its batches. ``evaluate`` maps an encoder to metrics with ``eer``.
+    ``loader`` yields batches of crops (see :mod:`s3prl_speaker_upstreams.data.datasets`), has ``state_dict`` /
+    ``load_state_dict`` and ``waited_seconds``; ``batches_per_epoch`` counts its batches. ``speakers`` holds each
+    utterance's class, for supervised training on several crops. ``start`` : weights that a new run begins with.
+    ``evaluate`` maps an encoder to metrics with ``eer``.
     """
 
     def __init__(
@@ -161,6 +151,8 @@ class Trainer:
         loader: Any,
         batches_per_epoch: int,
         classes: int = 0,
+        speakers: Tensor | None = None,
+        start: Start | None = None,
         data: dict[str, Any] | None = None,
         evaluate: Callable[[Any], dict[str, float]] | None = None,
         changed_config: bool = False,
@@ -177,10 +169,11 @@ class Trainer:
         self.scale = self.global_batch / config.optim.lr_reference_batch if config.optim.lr_reference_batch else 1.0
         self.warmup = self._steps(config.optim.warmup)
         torch.manual_seed(run.seed)
-        if config.method == "dino":
-            self.task: DinoTask | SupervisedTask = DinoTask(config, self.total, self.steps_per_epoch)
-        else:
-            self.task = SupervisedTask(config, self.total, self.steps_per_epoch, classes)
+        self.objective = build_objective(config, classes)
+        self.objective.plan(self._steps, self.total)
+        self.frontend = model_configs(config.model)[1]
+        self.features = CropFeatures(self.frontend, speakers)
+        self.start = start
         self.store = CheckpointStore(self.out / "checkpoints", run.keep_last)
         self.step = 0
         self.shift = 0  # added to step: where in the schedules the run is, if its epochs changed their length
@@ -219,7 +212,7 @@ class Trainer:
     def describe(self) -> str:
         """Lines for the log's head: effective batch, learning rate, length, size, and what to know about them."""
         run, optim = self.config.run, self.config.optim
-        parameters = sum(p.numel() for p in self.task.parameters() if p.requires_grad)
+        parameters = sum(p.numel() for p in self.objective.parameters() if p.requires_grad)
         text = (
             f"{self.config.method}: {self.total} steps of {self.global_batch} utterances ({run.batch} x "
             f"{run.accumulate} accumulated x {world_size()} processes), {self.steps_per_epoch} steps an epoch, "
@@ -230,8 +223,8 @@ class Trainer:
         if run.accumulate > 1:
             text += (
                 f"\nnote: run.accumulate={run.accumulate} is not run.batch={run.batch * run.accumulate}: "
-                f"{self.task.batch_statistics} see each micro-batch of {run.batch * world_size()} utterances alone; "
-                "more processes see the global batch"
+                f"{self.objective.batch_statistics} see each micro-batch of {run.batch * world_size()} utterances "
+                "alone; more processes see the global batch"
             )
         return text
 
@@ -261,17 +254,18 @@ class Trainer:
 
     def _prepare(self) -> nn.Module:
         """Optimizer, state of an earlier run, logs; returns what is called for the loss."""
-        task = self.task.to(self.device)
+        objective = self.objective.to(self.device)
+        self.features.to(self.device)
         if world_size() > 1:
-            synchronise_norms(task)
+            synchronise_norms(objective)
         self.optimizer = self._make_optimizer()
         self.scaler = _Scaler(self.device, self.config.run.precision == "fp16")
         self._initialise()
-        model: nn.Module = task
+        model: nn.Module = objective
         if world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(task, device_ids=ids, broadcast_buffers=False)
-        task.train()
+            model = nn.parallel.DistributedDataParallel(objective, device_ids=ids, broadcast_buffers=False)
+        objective.train()
         if is_main():
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -302,15 +296,15 @@ class Trainer:
         with bar:
             while self.step < end:
                 schedule = self._set_schedules(self.step + self.shift)
-                loss, ids = self._accumulated_backward(model, batches)
-                grad_norm = self._gradient_norm(loss, ids)
+                own_loss, ids = self._accumulated_backward(model, batches)
+                grad_norm = self._gradient_norm(own_loss, ids)
                 with _undisturbed():  # a signal's exception in here would leave half a step
                     self._update()
-                loss, stop = self._agree(loss)
+                loss, stop = self._agree(own_loss)
                 interval_steps += 1
                 bar.update()
                 if self.step % run.log_every == 0 or self.step == self.last_step:
-                    metrics = self._average(self.task.metrics())
+                    metrics = self._average(self.objective.metrics())
                     now = time.perf_counter()
                     waiting = (self.loader.waited_seconds - waited) / (now - interval)
                     last = {
@@ -325,7 +319,7 @@ class Trainer:
                     }
                     interval, waited, interval_steps = now, self.loader.waited_seconds, 0
                     self._log(last)
-                    bar.set_postfix(loss=f"{loss:.3f}", **self._short(metrics), refresh=False)
+                    bar.set_postfix({"loss": f"{loss:.3f}", **self._short(metrics)}, refresh=False)
                     self._check_collapse(metrics)
                 evaluation_due = self.evaluate is not None and (
                     self.step % eval_every == 0 or self.step == self.last_step
@@ -350,11 +344,11 @@ class Trainer:
     def _set_schedules(self, step: int) -> dict[str, float]:
         optim = self.config.optim
         lr = learning_rate(step, self.config, total=self.total, warmup=self.warmup, scale=self.scale)
-        wd = cosine(step, self.total, optim.weight_decay, optim.weight_decay_end)
+        wd = half_cosine(step, self.total, optim.weight_decay, optim.weight_decay_end)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = wd if group["decay"] else 0.0
-        return {"lr": lr, "wd": wd, **self.task.set_step(step)}
+        return {"lr": lr, "wd": wd, **self.objective.set_step(step)}
 
     def _accumulated_backward(self, model: nn.Module, batches: Iterator[Any]) -> tuple[Tensor, list[str]]:
         """Gradients of one optimizer step; (mean loss of this process, ids of the utterances it saw)."""
@@ -363,10 +357,10 @@ class Trainer:
         for part in range(parts):
             batch = next(batches)
             ids += list(batch.ids)
-            inputs = self.task.inputs(batch, self.device)
+            crops = self.features.of(batch, self.device)
             wait = isinstance(model, nn.parallel.DistributedDataParallel) and part < parts - 1
-            with model.no_sync() if wait else contextlib.nullcontext():
-                loss = model(inputs)
+            with model.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+                loss = model(*crops)
                 if not math.isfinite(float(loss.detach())):
                     self._report_non_finite("loss", ids)
                     # every process must leave together, also those whose own loss is finite
@@ -379,7 +373,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(clip_gradients(parameters, self.config.optim.clip, self.config.optim.clip_mode))
-        self.task.after_backward()
+        self.objective.after_backward()
         bad = torch.tensor(
             [float(not math.isfinite(float(loss))), float(not math.isfinite(norm) and not self.scaler.is_enabled())]
         )
@@ -403,14 +397,14 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.task.after_step()
+        self.objective.after_step()
         self.step += 1
         self._mark_whole()
         self._updating = False
 
     def _mark_whole(self) -> None:
         """Remember what a step changes before its update, so that a stop in the middle of one loses that step alone."""
-        now = [b.detach() for b in self.task.buffers()]
+        now = [b.detach() for b in self.objective.buffers()]
         if self._whole is None:
             self._whole = [b.clone() for b in now], self.loader.state_dict()
             return
@@ -430,7 +424,7 @@ class Trainer:
                 return
             buffers, loader = self._whole
             with torch.no_grad():
-                for buffer, kept in zip(self.task.buffers(), buffers, strict=True):
+                for buffer, kept in zip(self.objective.buffers(), buffers, strict=True):
                     buffer.copy_(kept)
             state = self.state(rng=[rng_state()], loader=loader)
             finite = all(torch.isfinite(v).all() for v in state["task"].values() if v.is_floating_point())
@@ -476,7 +470,7 @@ class Trainer:
         return {short: f"{metrics[k]:.2f}" for k, short in keys.items() if k in metrics}
 
     def _check_collapse(self, metrics: dict[str, float]) -> None:
-        if self.config.method != "dino":
+        if self.config.method == "supervised":
             return
         advice = self.monitor.update(self.step, metrics)
         if advice is None:
@@ -559,7 +553,7 @@ class Trainer:
         if self.evaluate is None:
             return {}
         # On all processes: they share the recordings, and none waits for another's work in a collective.
-        result = {k: float(v) for k, v in self.evaluate(self.task.encoder()).items()}
+        result = {k: float(v) for k, v in self.evaluate(self.encoder()).items()}
         if is_main():
             self._log({"step": self.step, **result})
             logger.info("step %d: %s", self.step, ", ".join(f"{k} {v:.4f}" for k, v in result.items()))
@@ -574,19 +568,24 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.optim
-        groups = parameter_groups(self.task, optim.decay_norm_and_bias)
+        groups = parameter_groups(self.objective, optim.decay_norm_and_bias)
         if optim.name == "adamw":
-            return torch.optim.AdamW(groups, lr=0.0, betas=tuple(optim.betas))
+            return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas)
         return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, nesterov=optim.nesterov)
+
+    def encoder(self, role: str | None = None) -> SpeakerEncoder:
+        """A copy of the network that is trained (of DINO's teacher), with its front-end, in eval mode on the CPU."""
+        networks = self.objective.networks()
+        return speaker_encoder(networks[role or next(iter(networks))], self.frontend)
 
     def state(self, rng: list[Any] | None = None, loader: dict[str, Any] | None = None) -> dict[str, Any]:
         """Everything that the next step depends on; generators and loader of now, or those that are given."""
         return {
-            "format": 1,
+            "format": FORMAT,
             "step": self.step,
             "shift": self.shift,
             "epoch": (self.step + self.shift) / self.steps_per_epoch,
-            "task": self.task.state_dict(),
+            "task": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loader": loader or self.loader.state_dict(),
@@ -622,13 +621,14 @@ class Trainer:
         if problem:
             raise CheckpointUnreadable(problem)
         if not name:
-            if self.config.model.init:
-                self._load_init(self.config.model.init)
+            if self.start is not None:
+                taken = begin_from(self.objective, self.start, self.config, self.data)
+                logger.info("starting from %s", taken)
             return
         state, path = found or (CheckpointStore.load(name), Path(name))
         self._check_same(state, path)
         try:
-            self.task.load_state_dict(state["task"])
+            self.objective.load_state_dict(state["task"])
         except RuntimeError as error:
             raise ConfigError(
                 f"{path}: another network, objective or number of speakers than now ({str(error).splitlines()[-1]}); "
@@ -669,33 +669,12 @@ class Trainer:
                     self.steps_per_epoch, state["epoch"], self.last_step,
                 )  # fmt: skip
 
-    def _load_init(self, source: str) -> None:
-        path = Path(source)
-        if path.suffix == ".pt" and path.name.startswith("step_"):
-            state = CheckpointStore.load(path)["task"]
-            try:
-                self.task.load_state_dict(state)
-            except RuntimeError as error:
-                raise CheckpointMismatch(f"model.init={source}: {error}") from error
-        else:
-            from ..checkpoints import read_checkpoint
-
-            checkpoint = read_checkpoint(source)
-            if checkpoint.ecapa != self.task.ecapa_config:
-                ours, theirs = self.task.ecapa_config.to_dict(), checkpoint.ecapa.to_dict()
-                different = [f"{k}: {theirs[k]} there, {ours[k]} here" for k in ours if ours[k] != theirs[k]]
-                raise CheckpointMismatch(
-                    f"model.init={source}: another network: {'; '.join(different)}; set model.ecapa"
-                )
-            self.task.load_encoder_state(checkpoint.state)
-        logger.info("starting from the weights of %s", source)
-
     def _check_same(self, state: dict[str, Any], path: Path) -> None:
         try:  # what a run of an earlier version did not have yet was at its default
             before = PretrainConfig.from_dict(state["config"]).to_dict()
         except ConfigError:
             before = state["config"]
-        old, new = _flat(before), _flat(self.config.to_dict())
+        old, new = flat(before), flat(self.config.to_dict())
         shown = [
             f"{k}: {old.get(k)!r} before, {new.get(k)!r} now"
             for k in sorted(old.keys() | new.keys())
@@ -789,13 +768,3 @@ def _undisturbed() -> Iterator[None]:
         handler = signal.getsignal(number)
         if callable(handler):
             handler(number, frame)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            out.update(_flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return out

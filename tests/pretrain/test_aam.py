@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from s3prl_speaker_upstreams.errors import ConfigError
-from s3prl_speaker_upstreams.pretrain.aam import AamSoftmax, margin_at
+from s3prl_speaker_upstreams.pretrain.aam import AamSoftmax
+from s3prl_speaker_upstreams.pretrain.schedules import margin_at
 
 
 def at_angles(degrees):

@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from s3prl_speaker_upstreams.pretrain.collapse import CollapseMonitor
 from s3prl_speaker_upstreams.pretrain.config import CollapseConfig, DinoConfig
 from s3prl_speaker_upstreams.pretrain.dino import (
-    CollapseMonitor,
     Dino,
     DinoHead,
     Prototypes,
     cross_view_loss,
-    effective_dimension,
     koleo_loss,
-    parameter_groups,
     rdino_regularisation,
     sinkhorn_targets,
 )
+from s3prl_speaker_upstreams.pretrain.objective import parameter_groups
+from s3prl_speaker_upstreams.verification.metrics import effective_dimension
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +185,8 @@ def step(dino: Dino, momentum: float = 0.9) -> torch.Tensor:
         for p in dino.parameters():
             if p.grad is not None:
                 p -= 0.1 * p.grad
-    dino.update_teacher(momentum)
+    dino.momentum = momentum
+    dino.after_step()
     return loss
 
 
@@ -302,7 +303,8 @@ def test_it_learns_to_tell_utterances_apart():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        dino.update_teacher(0.95)
+        dino.momentum = 0.95
+        dino.after_step()
         losses.append(float(dino._last["cross_entropy"]))
     assert sum(losses[-20:]) < sum(losses[:20])
     assert gap() > before + 0.1

@@ -12,13 +12,13 @@ import soundfile
 import torch
 from torch import nn
 
-from s3prl_speaker_upstreams.pretrain.distributed import GlobalBatchNorm, synchronise_norms
+from s3prl_speaker_upstreams.pretrain.ranks import GlobalBatchNorm, synchronise_norms
 
 # Runs in each of two gloo processes: the same numbers from halves of a batch as from the whole, gradients included.
 UNIT = """
 import sys, torch, torch.distributed as dist
 from torch import nn
-from s3prl_speaker_upstreams.pretrain.distributed import *
+from s3prl_speaker_upstreams.pretrain.ranks import *
 from s3prl_speaker_upstreams.pretrain.dino import koleo_loss, sinkhorn_targets, Dino
 from s3prl_speaker_upstreams.pretrain.config import DinoConfig
 from s3prl_speaker_upstreams.ecapa.layers import BatchNorm

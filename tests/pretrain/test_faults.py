@@ -29,7 +29,7 @@ def whole(corpus, make, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     done = make(corpus, out, *RARE)
     done.run()
-    return out, done.task.state_dict()
+    return out, done.objective.state_dict()
 
 
 def goes_on_as_never_stopped(corpus, make, log, out, whole, *overrides):
@@ -37,7 +37,7 @@ def goes_on_as_never_stopped(corpus, make, log, out, whole, *overrides):
     again.run()
     assert again.finished
     assert [[r[k] for k in SAME] for r in log(out)] == [[r[k] for k in SAME] for r in log(whole[0])]
-    state = again.task.state_dict()
+    state = again.objective.state_dict()
     assert all(torch.equal(state[k], v) for k, v in whole[1].items())
 
 
@@ -105,14 +105,14 @@ def test_a_killed_loader_worker_costs_nothing(corpus, make, log, tmp_path, whole
 
 def test_an_interrupt_during_the_update_waits_for_its_end(corpus, make, tmp_path):
     run = make(corpus, tmp_path, *RARE)
-    after = run.task.after_step
+    after = run.objective.after_step
 
     def interrupted():
         if run.step == 2:
             keys()
         after()
 
-    run.task.after_step = interrupted
+    run.objective.after_step = interrupted
     run._stop_signal = 0
     with pytest.raises(KeyboardInterrupt):
         run.run()
@@ -330,8 +330,8 @@ def test_changed_config_can_change_the_batch(corpus, make, log, tmp_path, caplog
         make(corpus, tmp_path, *base, "run.batch=12").run()
     changed = make(corpus, tmp_path, *base, "run.batch=12", changed_config=True)
     batches = []
-    original = changed.task.inputs
-    changed.task.inputs = lambda batch, device: (batches.append((batch.epoch, batch.batch)), original(batch, device))[1]
+    original = changed.features.of
+    changed.features.of = lambda batch, device: (batches.append((batch.epoch, batch.batch)), original(batch, device))[1]
     with caplog.at_level(logging.INFO):
         changed.run()
     # 8 steps of 6 were epoch 1.33; what is left are 5 steps of 12

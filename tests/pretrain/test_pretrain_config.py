@@ -7,11 +7,12 @@ import pytest
 from s3prl_speaker_upstreams.common.config import parse_override
 from s3prl_speaker_upstreams.errors import ConfigError
 from s3prl_speaker_upstreams.pretrain import config as C
-from s3prl_speaker_upstreams.pretrain.tasks import model_configs
-from s3prl_speaker_upstreams.pretrain.trainer import learning_rate
+from s3prl_speaker_upstreams.pretrain.objective import model_configs
+from s3prl_speaker_upstreams.pretrain.presets import PRESETS
+from s3prl_speaker_upstreams.pretrain.schedules import duration_steps, learning_rate
 
 
-@pytest.mark.parametrize("preset", sorted(C.PRESETS))
+@pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_is_valid_and_survives_a_round_trip(preset, tmp_path):
     import yaml
 
@@ -76,7 +77,7 @@ def test_order_of_preset_file_and_overrides(tmp_path):
 
 
 def test_a_missing_or_broken_file_is_explained(tmp_path):
-    with pytest.raises(ConfigError, match="--preset"):
+    with pytest.raises(ConfigError, match="expected a YAML file"):
         C.load(file=tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="expected a mapping"):
@@ -94,7 +95,7 @@ def test_override_values_are_yaml_and_never_code():
     ("text", "steps"), [("2 epochs", 20), (2, 20), ("0.5", 5), ("7 steps", 7), ("25%", 50), ("1 epoch", 10)]
 )
 def test_durations(text, steps):
-    assert C.duration_steps(text, steps_per_epoch=10, total_steps=200) == steps
+    assert duration_steps(text, steps_per_epoch=10, total_steps=200) == steps
 
 
 def test_learning_rate_of_the_published_dino_recipe():

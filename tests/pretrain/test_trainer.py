@@ -8,7 +8,7 @@ import torch
 
 from s3prl_speaker_upstreams.errors import CheckpointMismatch, ConfigError
 from s3prl_speaker_upstreams.pretrain.checkpointing import CheckpointStore
-from s3prl_speaker_upstreams.pretrain.dino import Collapse
+from s3prl_speaker_upstreams.pretrain.collapse import Collapse
 from s3prl_speaker_upstreams.pretrain.trainer import NonFinite, clip_gradients
 
 NUMBERS = ("loss", "loss_minus_lnk", "teacher_entropy", "marginal_entropy", "effective_dimension", "grad_norm", "lr")
@@ -45,11 +45,11 @@ def test_checkpoint_holds_all_there_is(finished):
     assert {"task", "optimizer", "scaler", "loader", "rng", "monitor", "config", "data", "step"} <= state.keys()
     keys = state["task"].keys()
     for part in (
-        "core.student.encoder",
-        "core.teacher.encoder",
-        "core.student.head",
-        "core.teacher.head",
-        "core.center",
+        "student.encoder",
+        "teacher.encoder",
+        "student.head",
+        "teacher.head",
+        "center",
     ):
         assert any(k.startswith(part) for k in keys), part
     assert state["data"]["utterances"] == 36 and state["data"]["fingerprint"]
@@ -65,7 +65,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(corpus, tmp_path, method, stop
     torch.manual_seed(999)  # a new process starts with another state
     again = make(corpus, tmp_path / "parts", *overrides)
     again.run()
-    a, b = whole.task.state_dict(), again.task.state_dict()
+    a, b = whole.objective.state_dict(), again.objective.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     keys = [k for k in log(tmp_path / "whole")[0] if k not in ("step_seconds", "waiting")]
     assert [[r[k] for k in keys] for r in log(tmp_path / "whole")] == [
@@ -116,7 +116,7 @@ def test_accumulation_gives_the_mean_gradient(corpus, tmp_path, make, log):
     losses = {}
     for name, extra in {"one": ["run.batch=8"], "two": ["run.batch=4", "run.accumulate=2"]}.items():
         trainer = make(corpus, tmp_path / name, *base, *extra)
-        trainer.task.encoder_.train = lambda mode=True, m=trainer.task.encoder_: torch.nn.Module.train(m, False)
+        trainer.objective.encoder.train = lambda mode=True, m=trainer.objective.encoder: torch.nn.Module.train(m, False)
         trainer.run()
         losses[name] = [r["loss"] for r in log(tmp_path / name)]
     assert losses["two"] == pytest.approx(losses["one"], abs=2e-4)
@@ -126,7 +126,7 @@ def test_supervised_training_learns_the_speakers(corpus, tmp_path, make, log):
     trainer = make(
         corpus, tmp_path, "method=supervised", "run.steps=60", "data.speeds=[1.0]", "optim.lr=0.005", "run.batch=12"
     )
-    assert trainer.task.head.classes == 12
+    assert trainer.objective.head.classes == 12
     last = trainer.run()
     rows = log(tmp_path)
     assert last["accuracy"] >= 0.75 and rows[0]["accuracy"] < 0.5
@@ -135,22 +135,22 @@ def test_supervised_training_learns_the_speakers(corpus, tmp_path, make, log):
 
 def test_speeds_multiply_the_speakers(corpus, tmp_path, make):
     trainer = make(corpus, tmp_path, "method=supervised", "data.speeds=[1.0, 0.9, 1.1]")
-    assert trainer.task.head.classes == 36
+    assert trainer.objective.head.classes == 36
 
 
 def test_a_non_finite_loss_names_step_and_files(corpus, tmp_path, monkeypatch, make):
     trainer = make(corpus, tmp_path, "run.steps=8")
     seen = []
-    original = trainer.task.inputs
+    original = trainer.features.of
 
-    def inputs(batch, device):
+    def of(batch, device):
         seen.append(batch.ids)
-        features, views = original(batch, device)
+        crops = original(batch, device)
         if len(seen) == 6:
-            features[0][0, 0, 0] = float("nan")
-        return features, views
+            crops.features[0][0, 0, 0] = float("nan")
+        return crops
 
-    monkeypatch.setattr(trainer.task, "inputs", inputs)
+    monkeypatch.setattr(trainer.features, "of", of)
     with pytest.raises(NonFinite) as caught:
         trainer.run()
     assert "step 6" in str(caught.value) and all(name in str(caught.value) for name in seen[5])
@@ -189,8 +189,8 @@ def test_start_from_weights(corpus, finished, tmp_path, make):
     source = out / "checkpoints" / "step_00000020.pt"
     trainer = make(corpus, tmp_path, f"model.init={source}", "run.steps=4")
     trainer.run(stop_after=0)
-    for key, value in done.task.core.teacher.state_dict().items():
-        assert torch.equal(trainer.task.core.teacher.state_dict()[key], value)
+    for key, value in done.objective.teacher.state_dict().items():
+        assert torch.equal(trainer.objective.teacher.state_dict()[key], value)
     with pytest.raises(CheckpointMismatch):
         make(corpus, tmp_path / "b", f"model.init={source}", "model.ecapa.channels=16").run()
 

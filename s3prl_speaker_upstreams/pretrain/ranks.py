@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
 from torch import Tensor, nn
 
 __all__ = [
     "GlobalBatchNorm",
     "gather_rows",
     "is_main",
+    "mean_over_ranks",
     "rank",
     "sum_over_ranks",
     "sum_over_ranks_",
@@ -43,39 +45,14 @@ def sum_over_ranks_(x: Tensor) -> Tensor:
     return x
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        out = x.detach().clone()
-        dist.all_reduce(out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        # every process's loss depends on every process's addend
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of ``x`` over all processes, a new tensor without gradient."""
+    return sum_over_ranks_(x.detach().clone()) / world_size()
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """``x`` summed over all processes, with the gradient of the sum of all processes' losses."""
-    return _Sum.apply(x) if world_size() > 1 else x
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.detach().contiguous())
-        ctx.rows = x.shape[0]
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+    return collectives.all_reduce(x) if world_size() > 1 else x
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -83,7 +60,13 @@ def gather_rows(x: Tensor) -> Tensor:
 
     Differentiable: the gradient is that of the sum of all processes' losses; DistributedDataParallel then averages.
     """
-    return _Gather.apply(x) if world_size() > 1 else x
+    if world_size() == 1:
+        return x
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+    return torch.cat(collectives.all_gather(x.contiguous()))
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -108,8 +91,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         var = sum_over_ranks(centred.square().sum(dims)) / count
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                rate = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+                batches = self.num_batches_tracked
+                assert batches is not None  # there are running statistics
+                batches.add_(1)
+                rate = self.momentum if self.momentum is not None else 1.0 / float(batches)
                 self.running_mean.lerp_(mean.detach(), rate)
                 self.running_var.lerp_(var.detach() * (count / (count - 1)), rate)
         y = centred * torch.rsqrt(var + self.eps).view(shape)

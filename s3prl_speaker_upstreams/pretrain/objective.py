@@ -1,0 +1,227 @@
+"""What a run learns: the interface that the trainer drives, and the parts that all objectives share.
+
+An objective maps features of crops to a loss. :func:`build_objective` makes the one that ``method`` names; each stands
+in a module of its own: :mod:`.dino` (DINO, RDINO, SDPN), :mod:`.supervised` (AAM-softmax, softmax), :mod:`.pairs`
+(SimCLR, VICReg).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ecapa import Ecapa, EcapaConfig, Frontend, FrontendConfig, Ragged, SpeakerEncoder
+from ..ecapa.config import DIALECTS
+from ..errors import ConfigError
+from .config import ModelConfig, PretrainConfig
+
+__all__ = [
+    "ENCODERS",
+    "CropEncoder",
+    "CropFeatures",
+    "Crops",
+    "Objective",
+    "build_objective",
+    "model_configs",
+    "parameter_groups",
+    "roles_of",
+    "speaker_encoder",
+]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Where the encoder of each role is in an objective's state; the first one is what is exported unless told otherwise.
+ENCODERS: dict[str, dict[str, str]] = {
+    "dino": {"teacher": "teacher.encoder.ecapa.", "student": "student.encoder.ecapa."},
+    "supervised": {"supervised": "encoder.ecapa."},
+    "simclr": {"student": "encoder.ecapa."},
+    "vicreg": {"student": "encoder.ecapa."},
+}
+
+
+def roles_of(method: str) -> tuple[str, ...]:
+    """Roles of the networks that a run of ``method`` trains, the default first.
+
+    >>> roles_of("dino"), roles_of("supervised")
+    (('teacher', 'student'), ('supervised',))
+    """
+    return tuple(ENCODERS[method])
+
+
+def model_configs(model: ModelConfig) -> tuple[EcapaConfig, FrontendConfig]:
+    """The network's and the front-end's configuration of a ``model`` section.
+
+    Raises ConfigError if the dialect or a field is unknown.
+    """
+    if model.dialect not in DIALECTS:
+        raise ConfigError(f"model.dialect {model.dialect!r} is unknown; valid: {', '.join(DIALECTS)}")
+    dialect = DIALECTS[model.dialect]
+    return dialect.ecapa_config(**model.ecapa), dialect.frontend.replace(**model.frontend)
+
+
+class Crops(NamedTuple):
+    """Features of a batch: ``features`` one tensor (rows, frames, n_mels) per crop length, the long ones first, rows
+    ordered crop by crop (all utterances' first crop, then all their second, ...); ``views`` = (long, short) crops of
+    each utterance; ``labels`` (utterances,) int64 or None."""
+
+    features: list[Tensor]
+    views: tuple[int, int]
+    labels: Tensor | None = None
+
+
+class CropFeatures(nn.Module):
+    """A loader's batch to normalised log-mel features, without gradient and in float32.
+
+    Waveform crops ``(rows, samples)`` go through the front-end; cached log-mel crops ``(rows, frames, n_mels)``, which
+    were computed before normalisation, are normalised as the front-end would.
+    """
+
+    def __init__(self, config: FrontendConfig, speakers: Tensor | None = None) -> None:
+        super().__init__()
+        self.config, self.frontend, self.speakers = config, Frontend(config), speakers
+
+    @torch.no_grad()
+    def forward(self, crops: Tensor) -> Tensor:
+        """-> (rows, frames, n_mels)"""
+        if crops.dim() == 2:
+            ragged = self.frontend(list(crops.float().unbind(0)))
+            return ragged.data.view(crops.shape[0], -1, ragged.data.shape[1])
+        x = crops.float()
+        if self.config.normalisation != "none":
+            x = x - x.mean(1, keepdim=True)
+        if self.config.normalisation == "mean_var":
+            x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.config.norm_eps)
+        return x
+
+    def of(self, batch: Any, device: torch.device) -> Crops:
+        """A batch of the loader (several crops of each utterance, or one with its class) on ``device``."""
+        labels = getattr(batch, "labels", None)
+        if labels is not None:
+            return Crops([self(batch.wavs.to(device, non_blocking=True))], (1, 0), labels.to(device))
+        groups = [torch.cat(list(batch.global_crops))]
+        if len(batch.local_crops):
+            groups.append(torch.cat(list(batch.local_crops)))
+        if self.speakers is not None:
+            labels = self.speakers[batch.indices].to(device)
+        features = [self(g.to(device, non_blocking=True)) for g in groups]
+        return Crops(features, (len(batch.global_crops), len(batch.local_crops)), labels)
+
+
+class CropEncoder(nn.Module):
+    """ECAPA-TDNN on equally long crops, in float32, bfloat16 or float16 (parameters stay float32).
+
+    compiled : run it through ``torch.compile``; each new shape is compiled when it is first met, and the log says for
+    how long.
+    """
+
+    def __init__(self, ecapa: Ecapa, precision: str = "fp32", compiled: bool = False) -> None:
+        super().__init__()
+        self.ecapa, self.precision, self.compiled = ecapa, precision, compiled
+        self._shapes: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features : (rows, frames, n_mels) -> embeddings (rows, dim) float32"""
+        low = self.precision != "fp32"
+        with torch.autocast(features.device.type, dtype=_DTYPES.get(self.precision), enabled=low):
+            return (self._compiled(features) if self.compiled else self._embed(features)).float()
+
+    def _embed(self, features: Tensor) -> Tensor:
+        rows, frames, n_mels = features.shape
+        ragged = Ragged(features.reshape(-1, n_mels), [frames] * rows)
+        return self.ecapa(ragged, outputs=("embedding",))["embedding"]
+
+    def _compiled(self, features: Tensor) -> Tensor:
+        key = (*features.shape, torch.is_grad_enabled(), self.training)
+        if key in self._shapes:
+            return self._shapes[key](features)
+        begin = time.perf_counter()
+        self._shapes[key] = torch.compile(self._embed, dynamic=False)
+        out = self._shapes[key](features)
+        logger.info(
+            "torch.compile: %.1f s for %d crops of %d frames%s", time.perf_counter() - begin, *features.shape[:2],
+            "" if torch.is_grad_enabled() else " without gradient",
+        )  # fmt: skip
+        return out
+
+
+class Objective(nn.Module):
+    """Features of crops to a loss, and what happens around it in a step.
+
+    A step of the trainer is: ``set_step``, ``forward`` and backward for each micro-batch, ``after_backward``, the
+    optimizer, ``after_step``; ``metrics`` of the last step when it is logged.
+    """
+
+    batch_statistics = "BatchNorm's statistics"  # what sees the micro-batch alone when gradients are accumulated
+
+    def plan(self, steps: Callable[[str], int], total: int) -> None:
+        """Durations of the configuration in optimizer steps, before training; ``total`` : steps of the whole run."""
+
+    def set_step(self, step: int) -> dict[str, float]:
+        """Set what follows a schedule for the optimizer step ``step`` (0-based); returns what to log."""
+        return {}
+
+    def forward(self, features: Sequence[Tensor], views: tuple[int, int], labels: Tensor | None = None) -> Tensor:
+        """Loss of this process's crops; arguments as in :class:`Crops`."""
+        raise NotImplementedError
+
+    def after_backward(self) -> None:
+        """Between the gradients and the optimizer."""
+
+    def after_step(self) -> None:
+        """After the optimizer."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last step."""
+        raise NotImplementedError
+
+    def networks(self) -> dict[str, Ecapa]:
+        """The ECAPA-TDNNs by role, the one to export first."""
+        raise NotImplementedError
+
+
+def build_objective(config: PretrainConfig, classes: int = 0) -> Objective:
+    """The objective that ``config.method`` names around a new encoder.
+
+    >>> from .config import load
+    >>> type(build_objective(load("smoke"))).__name__
+    'Dino'
+    """
+    from .dino import Dino
+    from .pairs import Simclr, Vicreg
+    from .supervised import Supervised
+
+    ecapa, _ = model_configs(config.model)
+    encoder = CropEncoder(Ecapa(ecapa), config.run.precision, config.run.compile)
+    dim = ecapa.embedding_dim
+    if config.method == "dino":
+        return Dino(encoder, dim, config.dino)
+    if config.method == "simclr":
+        return Simclr(encoder, dim, config.simclr)
+    if config.method == "vicreg":
+        return Vicreg(encoder, dim, config.vicreg)
+    return Supervised(encoder, dim, config.aam, classes)
+
+
+def speaker_encoder(ecapa: Ecapa, frontend: FrontendConfig) -> SpeakerEncoder:
+    """A copy of a network in training, with its front-end, in eval mode on the CPU."""
+    encoder = SpeakerEncoder(ecapa.cfg, frontend)
+    encoder.ecapa.load_state_dict({k: v.detach().cpu() for k, v in ecapa.state_dict().items()})
+    return encoder.eval()
+
+
+def parameter_groups(module: nn.Module, decay_norm_and_bias: bool = False) -> list[dict[str, Any]]:
+    """Optimizer groups: weights with weight decay, biases and norm parameters without (unless asked)."""
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            (plain if parameter.ndim == 1 and not decay_norm_and_bias else decay).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decay, "decay": True}, {"params": plain, "decay": False}]
+    return [g for g in groups if g["params"]]
