@@ -17,8 +17,10 @@ import torch
 from results import add_output, write_result
 
 from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
-from s3prl_speaker_upstreams.data.datasets import BatchSampler, Loader, MultiCropDataset, measure_loader
+from s3prl_speaker_upstreams.data.datasets import MultiCropDataset
+from s3prl_speaker_upstreams.data.loader import Loader, measure_loader
 from s3prl_speaker_upstreams.data.manifest import build_manifest
+from s3prl_speaker_upstreams.data.sampler import BatchSampler
 from s3prl_speaker_upstreams.ecapa import DIALECTS, SpeakerEncoder
 from s3prl_speaker_upstreams.verification.metrics import eer
 

@@ -16,29 +16,11 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import soundfile
 from tqdm import tqdm
 
-SUFFIXES = {".wav", ".flac", ".ogg"}
-FRAME, MARGIN = 0.025, 0.1
-
-
-def speech_span(wav: np.ndarray, rate: int, below: float) -> tuple[int, int]:
-    """First and one past the last sample of the speech in ``wav`` (samples,).
-
-    >>> quiet, loud = np.full(16000, 1e-5), np.tile([0.1, -0.1], 8000)
-    >>> speech_span(np.concatenate([quiet, loud, quiet]), 16000, 35.0)
-    (14400, 33600)
-    """
-    size = int(FRAME * rate)
-    count = len(wav) // size
-    if not count:
-        return 0, len(wav)
-    level = 10 * np.log10(np.square(wav[: count * size], dtype=np.float64).reshape(count, size).mean(1) + 1e-12)
-    loud = np.flatnonzero(level > level.max() - below)
-    margin = int(MARGIN * rate)
-    return max(0, int(loud[0]) * size - margin), min(len(wav), (int(loud[-1]) + 1) * size + margin)
+from s3prl_speaker_upstreams.common.audio import find_audio
+from s3prl_speaker_upstreams.data.trim import speech_span
 
 
 def main() -> None:
@@ -49,9 +31,9 @@ def main() -> None:
         "--below", type=float, default=35.0, help="dB under the loudest frame that still count as speech"
     )
     args = parser.parse_args()
-    files = sorted(p for p in args.source.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = find_audio(args.source)
     if not files:
-        sys.exit(f"{args.source}: no wav, flac or ogg files there")
+        sys.exit(f"{args.source}: no recordings there")
     before = after = 0.0
     for path in tqdm(files, desc="trimming", unit="file", delay=2):
         target = (args.destination / path.relative_to(args.source)).with_suffix(".flac")

@@ -3,11 +3,9 @@
 Everything random comes from the generator that is passed in, and is drawn in a fixed order, so the result depends on
 nothing but the waveform and the generator: not on caches, workers or the order of the utterances.
 
-Speed comes from three things. A noise recording is not read whole, only the slice that is needed. A room impulse
-response is transformed once per crop length and its spectrum kept. And equaliser, band and band limit are one
-multiplication of one spectrum.
+Equaliser, band and band limit are one multiplication of one spectrum; noise and rooms come from :mod:`.banks`.
 
-The signal path is that of a recording: speech in a room, noise added, then the channel.
+The signal path is that of a recording: speech in a room, noise added, then the channel, then a codec.
 
 >>> import numpy
 >>> augmenter = Augmenter(AugmentConfig(band_limit_hz=4000.0))
@@ -19,29 +17,35 @@ True
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import scipy  # its parts are loaded at first use
 
-from s3prl_speaker_upstreams.common.audio import read_audio, resample
-from s3prl_speaker_upstreams.data.bytecache import ByteCache
-from s3prl_speaker_upstreams.data.manifest import Manifest, NoSpeech, build_manifest
+from s3prl_speaker_upstreams.common.audio import resample
+from s3prl_speaker_upstreams.data.banks import NoiseBank, RirBank, at_level_of
 from s3prl_speaker_upstreams.errors import BadWaveform, ConfigError
 
-__all__ = ["AugmentConfig", "Augmenter", "NoiseBank", "RirBank", "channel_response"]
+__all__ = ["CODECS", "AugmentConfig", "Augmenter", "channel_response", "through_codec"]
 
 log = logging.getLogger(__name__)
 
-_EPS = 1e-12
-# The direct path is put at time zero; this much before it is kept, for rooms whose strongest echo is not the first.
-_LEAD_SECONDS = 0.05
+# Codecs that libsndfile writes and reads back without delay: container, coding, and the rate that they are used at.
+CODECS = {
+    "ulaw": ("WAV", "ULAW", 8000),
+    "alaw": ("WAV", "ALAW", 8000),
+    "gsm": ("WAV", "GSM610", 8000),
+    "vorbis": ("OGG", "VORBIS", 16000),
+    "opus": ("OGG", "OPUS", 16000),
+    "mp3": ("MP3", "MPEG_LAYER_III", 16000),
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ class AugmentConfig:
         How likely a random pass band, and the ranges its lower and upper edge are drawn from, in Hz.
     gain_p, gain_db : float
         How likely, and the range +-dB of, a change of level.
+    codec_p, codecs : float, names in ``CODECS``
+        How likely a crop is coded and decoded, and by which, drawn with equal chance: telephone (``ulaw``, ``alaw``,
+        ``gsm``, at 8 kHz) or compressed files (``vorbis``, ``mp3``, and ``opus``, which takes ten times as long).
+    mask_p, time_masks, time_frames, mel_masks, mel_bands : float, int
+        How likely the features of a crop are masked (SpecAugment, arXiv 1904.08779), by how many masks of up to how
+        many frames and mel bands; see :func:`.masking.mask_features`.
     cache_mb : float
         Memory for decoded noise and spectra of impulse responses, in each process.
 
@@ -101,10 +111,17 @@ class AugmentConfig:
     band_high_hz: tuple[float, float] = (3000.0, 7800.0)
     gain_p: float = 0.0
     gain_db: float = 10.0
+    codec_p: float = 0.0
+    codecs: tuple[str, ...] = ("ulaw", "gsm", "vorbis", "mp3")
+    mask_p: float = 0.0
+    time_masks: int = 1
+    time_frames: int = 10
+    mel_masks: int = 1
+    mel_bands: int = 8
     cache_mb: float = 256.0
 
-    def __post_init__(self):
-        for name in ("noise_p", "rir_p", "band_limit_p", "equaliser_p", "band_p", "gain_p"):
+    def __post_init__(self) -> None:
+        for name in ("noise_p", "rir_p", "band_limit_p", "equaliser_p", "band_p", "gain_p", "codec_p", "mask_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected a probability from 0 to 1")
         for name in ("snr_db", "music_snr_db", "speech_snr_db", "babble", "band_low_hz", "band_high_hz"):
@@ -114,6 +131,12 @@ class AugmentConfig:
             object.__setattr__(self, name, low_high)
         if self.babble[0] < 1:
             raise ConfigError(f"babble: got {self.babble}, expected at least 1 recording")
+        object.__setattr__(self, "codecs", (self.codecs,) if isinstance(self.codecs, str) else tuple(self.codecs))
+        unknown = [name for name in self.codecs if name not in CODECS]
+        if unknown or not self.codecs:
+            raise ConfigError(f"codecs: got {unknown or 'none'}, expected some of {', '.join(CODECS)}")
+        if min(self.time_masks, self.time_frames, self.mel_masks, self.mel_bands) < 0:
+            raise ConfigError("time_masks, time_frames, mel_masks and mel_bands must not be negative")
         if self.max_rir_seconds <= 0:
             raise ConfigError(f"max_rir_seconds: got {self.max_rir_seconds}, expected more than 0")
         if self.band_limit_hz is not None and self.band_limit_hz <= 0:
@@ -124,7 +147,7 @@ class AugmentConfig:
                 single = isinstance(value, os.PathLike)
                 object.__setattr__(self, name, os.fspath(value) if single else tuple(os.fspath(item) for item in value))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """All fields as plain values that yaml and json can hold."""
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -132,7 +155,7 @@ class AugmentConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping) -> AugmentConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> AugmentConfig:
         """Configuration from ``values``; unknown keys raise ConfigError."""
         known = [field.name for field in fields(cls)]
         for key in values:
@@ -142,7 +165,7 @@ class AugmentConfig:
 
     @classmethod
     def channel_randomised(
-        cls, noise: str | Sequence[str] | None, rirs: str | Sequence[str] | None, **changes
+        cls, noise: str | Sequence[str] | None, rirs: str | Sequence[str] | None, **changes: Any
     ) -> AugmentConfig:
         """Every utterance its own room, equaliser, band, noise and level: no cue to the recording is left.
 
@@ -151,7 +174,7 @@ class AugmentConfig:
         >>> AugmentConfig.channel_randomised(None, None).equaliser_p
         1.0
         """
-        settings = {
+        settings: dict[str, Any] = {
             "noise_p": 1.0,
             "rir_p": 1.0,
             "snr_db": (10.0, 25.0),
@@ -195,7 +218,7 @@ class Augmenter:
         self.rirs = (
             RirBank(config.rirs, sample_rate, config.max_rir_seconds, half) if config.rirs and config.rir_p else None
         )
-        self.faults: Counter = Counter()
+        self.faults: Counter[str] = Counter()
 
     def __call__(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Augmented copy of ``wav``.
@@ -232,9 +255,13 @@ class Augmenter:
             out = self._channel(out, equaliser, band, limit)
         if gain is not None:
             out = out * np.float32(10 ** (gain.uniform(-config.gain_db, config.gain_db) / 20))
+        if config.codec_p and rng.random() < config.codec_p:  # drawn last: without it all is as it was before
+            out = through_codec(out, config.codecs[int(rng.integers(len(config.codecs)))], self.sample_rate)
         return out.copy() if out is wav else out
 
-    def _tried(self, work, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _tried(
+        self, work: Callable[[np.ndarray, np.random.Generator], np.ndarray], wav: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
         try:
             return work(wav, rng)
         except (OSError, BadWaveform) as problem:
@@ -243,7 +270,13 @@ class Augmenter:
             self.faults[str(problem)] += 1
             return wav
 
-    def _channel(self, wav: np.ndarray, equaliser, band, limit: float | None) -> np.ndarray:
+    def _channel(
+        self,
+        wav: np.ndarray,
+        equaliser: np.random.Generator | None,
+        band: np.random.Generator | None,
+        limit: float | None,
+    ) -> np.ndarray:
         config, samples = self.config, len(wav)
         # These responses ring for a few milliseconds; a margin keeps the end of the crop from reaching its beginning.
         size = scipy.fft.next_fast_len(samples + self.sample_rate // 32, real=True)
@@ -261,7 +294,7 @@ class Augmenter:
             response = drawn if response is None else response * drawn
         out = scipy.fft.irfft(scipy.fft.rfft(wav, size) * response, size)[:samples]
         # A fresh array of the crop's own length: keeping a view would keep the padded buffer alive.
-        return _at_level_of(wav, np.ascontiguousarray(out, dtype=np.float32))
+        return at_level_of(wav, np.ascontiguousarray(out, dtype=np.float32))
 
 
 # ---------------------------------------------------------------------------------------------- channel
@@ -310,185 +343,24 @@ def _band_limit(size: int, sample_rate: int, limit: float) -> np.ndarray:
     return (0.5 - 0.5 * np.cos(np.pi * edge)).astype(np.float32)
 
 
-def _at_level_of(wav: np.ndarray, changed: np.ndarray) -> np.ndarray:
-    """``changed`` with the energy of ``wav``, in place."""
-    energy = float(np.dot(changed, changed))
-    if energy > _EPS:
-        changed *= np.float32(np.sqrt(float(np.dot(wav, wav)) / energy))
-    return changed
+# ---------------------------------------------------------------------------------------------- codecs
+def through_codec(wav: np.ndarray, codec: str, sample_rate: int) -> np.ndarray:
+    """``wav`` (samples,) after coding and decoding by one of ``CODECS``, at its own rate and of its own length.
 
-
-# ---------------------------------------------------------------------------------------------- reverberation
-_NOT_RIRS = re.compile(r"(?:^|/)pointsource_noises/|(?:^|/)real_rirs_isotropic_noises/[^/]*noise[^/]*$", re.I)
-
-
-def _recordings(source, what: str) -> Manifest:
-    try:
-        return build_manifest(source, layout="none", min_seconds=0.0)
-    except (NoSpeech, FileNotFoundError) as problem:
-        raise ConfigError(f"{what}: got {source}, expected a folder or list of {what} files; {problem}") from problem
-
-
-class RirBank:
-    """Room impulse responses, their spectra kept per crop length.
-
-    The direct path (the strongest sample) is moved to time zero, so reverberated speech is not delayed, and the result
-    is brought to the level of what went in: impulse responses differ a hundredfold in level.
-
-    Parameters
-    ----------
-    source : folder, list file or paths
-    sample_rate : int
-    max_seconds : float
-        Length kept after the direct path.
-    cache_bytes : int
-
-    >>> import soundfile, tempfile
-    >>> name = tempfile.mkstemp(suffix=".wav")[1]
-    >>> soundfile.write(name, [0.0, 0.0, 0.01, 0.005], 16000, "FLOAT")  # direct path, echo of half size
-    >>> out = RirBank([name], 16000, 1.0).convolve(np.array([1, 0, 0, 0], dtype=np.float32), 0)
-    >>> (out / out[0]).round(3)
-    array([1. , 0.5, 0. , 0. ], dtype=float32)
+    >>> wav = np.sin(np.arange(8000) / 10).astype("float32") / 4
+    >>> coded = through_codec(wav, "ulaw", 16000)
+    >>> coded.shape, bool(0 < abs(coded - wav)[100:-100].max() < 0.02)
+    ((8000,), True)
     """
+    import soundfile
 
-    def __init__(self, source, sample_rate: int, max_seconds: float = 1.0, cache_bytes: int = 128 * 2**20):
-        found = _recordings(source, "room impulse response")
-        keep = [index for index, item in enumerate(found) if not _NOT_RIRS.search(item.path.replace(os.sep, "/"))]
-        if not keep:
-            raise ConfigError(f"room impulse responses: {source} holds noises only")
-        self.files = found.subset(keep)
-        self.sample_rate = sample_rate
-        self.max_seconds = max_seconds
-        self._spectra = ByteCache(cache_bytes)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def impulse_response(self, index: int) -> tuple[np.ndarray, int]:
-        """Response number ``index`` at unit energy, and where in it the direct path is: (samples,) float32, int."""
-        wav, rate = read_audio(self.files[index].path, sample_rate=None)
-        wav = resample(wav, rate, self.sample_rate)
-        peak = int(np.abs(wav).argmax())
-        first = max(0, peak - int(_LEAD_SECONDS * self.sample_rate))
-        wav = wav[first : peak + max(1, int(self.max_seconds * self.sample_rate))]
-        energy = float(np.dot(wav, wav))
-        if energy < _EPS:
-            raise BadWaveform(f"{self.files[index].path}: an impulse response of zeros")
-        return wav / np.float32(np.sqrt(energy)), peak - first
-
-    def spectrum(self, index: int, samples: int) -> tuple[np.ndarray, int]:
-        """Spectrum of response ``index`` with its direct path at zero, for crops of ``samples``; and the FFT size."""
-        longest = int((self.max_seconds + _LEAD_SECONDS) * self.sample_rate)
-        item = self.files[index]
-        length = min(int(np.ceil(item.samples * self.sample_rate / item.sample_rate)), longest)
-        size = scipy.fft.next_fast_len(samples + length, real=True)
-        spectrum = self._spectra.get((index, size))
-        if spectrum is None:
-            response, direct = self.impulse_response(index)
-            padded = np.zeros(size, dtype=np.float32)
-            padded[: len(response) - direct] = response[direct:]
-            if direct:
-                padded[-direct:] = response[:direct]  # what comes before the direct path is at negative times
-            spectrum = scipy.fft.rfft(padded)
-            self._spectra.put((index, size), spectrum)
-        return spectrum, size
-
-    def convolve(self, wav: np.ndarray, index: int) -> np.ndarray:
-        """``wav`` (samples,) in room ``index``: (samples,) float32 of the same level."""
-        spectrum, size = self.spectrum(index, len(wav))
-        out = scipy.fft.irfft(scipy.fft.rfft(wav, size) * spectrum, size)[: len(wav)]
-        return _at_level_of(wav, np.ascontiguousarray(out, dtype=np.float32))
-
-    def reverberate(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """``wav`` (samples,) in a room that ``rng`` draws."""
-        return self.convolve(wav, int(rng.integers(len(self.files))))
-
-
-# ---------------------------------------------------------------------------------------------- noise
-_MUSAN = re.compile(r"(?:^|/)(noise|music|speech)/")
-
-
-class NoiseBank:
-    """Noise recordings by category, read as slices.
-
-    A category is drawn first, then a recording, then a place in it; recordings that are shorter than the crop go round.
-
-    Parameters
-    ----------
-    config : AugmentConfig
-        ``noise`` and the SNR ranges are used.
-    sample_rate : int
-    cache_bytes : int
-        Recordings are kept decoded if all of them fit in here; else slices are read from the files.
-
-    >>> import numpy, soundfile, tempfile
-    >>> name = tempfile.mkstemp(suffix=".wav")[1]
-    >>> soundfile.write(name, numpy.random.default_rng(0).normal(0, 0.1, 16000), 16000)
-    >>> bank = NoiseBank(AugmentConfig(noise=[name], snr_db=(10, 10)), 16000)
-    >>> wav = numpy.ones(4000, dtype="float32")
-    >>> added = bank.add(wav, numpy.random.default_rng(1)) - wav
-    >>> round(float(10 * numpy.log10(1 / (added**2).mean())), 3)  # dB
-    10.0
-    """
-
-    def __init__(self, config: AugmentConfig, sample_rate: int, cache_bytes: int = 128 * 2**20):
-        self.config = config
-        self.sample_rate = sample_rate
-        found = _recordings(config.noise, "noise")
-        paths = [item.path.replace(os.sep, "/") for item in found]
-        point = [index for index, path in enumerate(paths) if "/pointsource_noises/" in path]
-        if point:  # a RIRS_NOISES folder: its impulse responses are no noises
-            found, paths = found.subset(point), [paths[index] for index in point]
-        self.files = found
-        self.categories: dict[str, np.ndarray] = {"noise": np.arange(len(found))}
-        matches = [_MUSAN.search(name.id if "/" in name.id else "") for name in found]
-        if not point and all(matches) and len({match.group(1) for match in matches}) > 1:
-            kinds = np.array([match.group(1) for match in matches])
-            self.categories = {
-                kind: np.flatnonzero(kinds == kind) for kind in ("noise", "music", "speech") if kind in kinds
-            }
-        self.snr_db = {"noise": config.snr_db, "music": config.music_snr_db, "speech": config.speech_snr_db}
-        decoded = float(found.seconds) * sample_rate * 4
-        self._decoded = ByteCache(cache_bytes) if decoded <= cache_bytes else None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def slice(self, index: int, samples: int, rng: np.random.Generator) -> np.ndarray:
-        """``samples`` samples of recording ``index`` from a place that ``rng`` draws: (samples,) float32."""
-        item = self.files[index]
-        place = rng.random()
-        same = item.sample_rate == self.sample_rate
-        needed = samples if same else int(np.ceil(samples * item.sample_rate / self.sample_rate)) + 1
-        if self._decoded is None and item.samples > needed:
-            start = int(place * (item.samples - needed + 1))
-            wav, rate = read_audio(item.path, start, needed, sample_rate=None)
-            wav = resample(wav, rate, self.sample_rate)
-            return wav[:samples] if len(wav) >= samples else np.resize(wav, samples)
-        wav = None if self._decoded is None else self._decoded.get(index)
-        if wav is None:
-            wav, rate = read_audio(item.path, sample_rate=None)
-            wav = resample(wav, rate, self.sample_rate)
-            if self._decoded is not None:
-                self._decoded.put(index, wav)
-        if len(wav) > samples:
-            start = int(place * (len(wav) - samples + 1))
-            return wav[start : start + samples]
-        start = int(place * len(wav))
-        return np.resize(np.concatenate([wav[start:], wav[:start]]), samples)
-
-    def add(self, wav: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """``wav`` (samples,) plus noise at a drawn SNR: (samples,) float32. A silent slice or crop adds nothing."""
-        names = list(self.categories)
-        kind = names[int(rng.integers(len(names)))]
-        snr = rng.uniform(*self.snr_db[kind])
-        members = self.categories[kind]
-        several = int(rng.integers(self.config.babble[0], self.config.babble[1] + 1)) if kind == "speech" else 1
-        noise = self.slice(int(members[rng.integers(len(members))]), len(wav), rng)
-        for _ in range(several - 1):
-            other = self.slice(int(members[rng.integers(len(members))]), len(wav), rng)
-            noise = noise + other
-        power, speech = float(np.dot(noise, noise)), float(np.dot(wav, wav))
-        if power < _EPS or speech < _EPS:
-            return wav
-        return wav + noise * np.float32(np.sqrt(speech / power * 10 ** (-snr / 10)))
+    container, coding, rate = CODECS[codec]
+    peak = float(np.abs(wav).max(initial=0.0))
+    if peak == 0:
+        return wav
+    level = max(1.0, peak)  # coders clip at +-1
+    file = io.BytesIO()
+    soundfile.write(file, resample(wav / np.float32(level), sample_rate, rate), rate, format=container, subtype=coding)
+    file.seek(0)
+    coded = resample(soundfile.read(file, dtype="float32")[0], rate, sample_rate)[: len(wav)]
+    return np.pad(coded, (0, len(wav) - len(coded))) * np.float32(level)

@@ -54,6 +54,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from s3prl_speaker_upstreams.common.audio import AUDIO_SUFFIXES, OTHER_SUFFIXES, find_names
 from s3prl_speaker_upstreams.errors import ConfigError
@@ -114,7 +115,7 @@ class Listing(Sequence[Entry]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index: Any) -> Any:
         return self.entries[index]
 
     def __iter__(self) -> Iterator[Entry]:

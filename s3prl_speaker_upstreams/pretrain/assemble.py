@@ -95,7 +95,7 @@ def _log_mels(config: PretrainConfig) -> Callable[[list[np.ndarray]], list[np.nd
 
 def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
     """(loader, batches an epoch, classes) for this process."""
-    from ..data import datasets as pipeline
+    from .. import data as pipeline
 
     data, run = config.data, config.run
     augmenter = make_augmenter(data.augment)

@@ -25,7 +25,8 @@ import numpy as np
 
 from s3prl_speaker_upstreams.common.audio import read_audio, resample
 from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
-from s3prl_speaker_upstreams.data.datasets import MultiCropDataset, random_for
+from s3prl_speaker_upstreams.data.datasets import MultiCropDataset
+from s3prl_speaker_upstreams.data.keyed import random_for
 from s3prl_speaker_upstreams.data.manifest import Manifest, build_manifest
 from s3prl_speaker_upstreams.errors import ConfigError
 from s3prl_speaker_upstreams.verification.embedding import Embed, embed_all

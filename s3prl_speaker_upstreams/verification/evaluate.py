@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from s3prl_speaker_upstreams.common.audio import AUDIO_SUFFIXES
-from s3prl_speaker_upstreams.data.datasets import random_for
+from s3prl_speaker_upstreams.data.keyed import random_for
 from s3prl_speaker_upstreams.data.lists import read_listing
 from s3prl_speaker_upstreams.data.manifest import Manifest, build_manifest
 from s3prl_speaker_upstreams.errors import ConfigError

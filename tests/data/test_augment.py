@@ -10,7 +10,9 @@ import pytest
 import soundfile
 from scipy.signal import fftconvolve
 
-from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter, NoiseBank, RirBank, channel_response
+from s3prl_speaker_upstreams.data.augment import CODECS, AugmentConfig, Augmenter, channel_response, through_codec
+from s3prl_speaker_upstreams.data.banks import NoiseBank, RirBank
+from s3prl_speaker_upstreams.data.masking import mask_features
 from s3prl_speaker_upstreams.errors import ConfigError
 
 RATE = 16000
@@ -212,3 +214,50 @@ def test_configuration_round_trip_and_missing_folder(tmp_path):
     assert AugmentConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match="expected a folder or list of noise files"):
         Augmenter(AugmentConfig(noise=str(tmp_path / "absent")))
+
+
+# ------------------------------------------------------------------------------------------------ codecs and masks
+@pytest.mark.parametrize("codec", CODECS)
+def test_codecs_keep_length_place_and_level(codec):
+    rng = np.random.default_rng(0)
+    time = np.arange(16001) / 16000
+    wav = (3.0 * np.sin(2 * np.pi * 400 * time * (1 + time)) * (time > 0.3)).astype(np.float32)  # beyond +-1
+    coded = through_codec(wav + 1e-3 * rng.normal(size=len(wav)).astype(np.float32), codec, 16000)
+    assert coded.shape == wav.shape and coded.dtype == np.float32
+    assert np.abs(coded[:4000]).max() < 0.5 < np.abs(coded[6000:]).max()
+    correlation = float(np.dot(wav, coded) / np.linalg.norm(wav) / np.linalg.norm(coded))
+    assert correlation > 0.95 and np.linalg.norm(coded) == pytest.approx(np.linalg.norm(wav), rel=0.15)
+    assert not np.array_equal(coded, wav)
+    assert not through_codec(np.zeros(100, dtype=np.float32), codec, 16000).any()
+
+
+def test_a_codec_changes_nothing_else_and_is_drawn():
+    wav = np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32)
+    plain, coded = (
+        Augmenter(AugmentConfig(gain_p=1.0)),
+        Augmenter(AugmentConfig(gain_p=1.0, codec_p=1.0, codecs="ulaw")),
+    )
+    one, other = (augment(wav, np.random.default_rng(3)) for augment in (plain, coded))
+    np.testing.assert_allclose(other, through_codec(one, "ulaw", 16000))
+    some = Augmenter(AugmentConfig(codec_p=0.5, codecs=("ulaw",)))
+    changed = [not np.array_equal(some(wav, np.random.default_rng(seed)), wav) for seed in range(60)]
+    assert 15 < sum(changed) < 45
+    with pytest.raises(ConfigError, match="codecs: got .'wma'.*ulaw"):
+        AugmentConfig(codecs=("wma",))
+
+
+def test_masks_depend_on_the_utterance_alone_and_hide_spans():
+    import torch
+
+    config = AugmentConfig(mask_p=1.0, time_masks=2, time_frames=12, mel_masks=1, mel_bands=6)
+    x = torch.ones(50, 100, 40)
+    ids = [f"u{number}" for number in range(50)]
+    masked = mask_features(x, config, ids=ids, epoch=1, seed=0, purpose="crop 0")
+    part = mask_features(x[:7], config, ids=ids[20:27], epoch=1, seed=0, purpose="crop 0")
+    assert torch.equal(masked[20:27], part) and x.min() == 1
+    frames, bands = (masked == 0).all(2).sum(1), (masked == 0).all(1).sum(1)
+    assert 0 < frames.float().mean() < 13 and frames.max() <= 24 and bands.max() <= 6
+    other = mask_features(x, config, ids=ids, epoch=2, seed=0, purpose="crop 0")
+    assert not torch.equal(masked, other)
+    rare = mask_features(x, AugmentConfig(mask_p=0.2), ids=ids, epoch=0, seed=0)
+    assert 2 < int((rare == 0).any(2).any(1).sum()) < 20

@@ -12,19 +12,16 @@ import pytest
 import soundfile
 import torch
 
-from s3prl_speaker_upstreams.data import datasets as module
+from s3prl_speaker_upstreams.data import loader as loader_module
+from s3prl_speaker_upstreams.data import utterances
 from s3prl_speaker_upstreams.data.augment import AugmentConfig, Augmenter
-from s3prl_speaker_upstreams.data.datasets import (
-    BatchSampler,
-    CachedFeatureDataset,
-    DataError,
-    LabelledCropDataset,
-    Loader,
-    MultiCropDataset,
-    measure_loader,
-    random_for,
-)
+from s3prl_speaker_upstreams.data.cached import CachedFeatureDataset
+from s3prl_speaker_upstreams.data.datasets import LabelledCropDataset, MultiCropDataset
+from s3prl_speaker_upstreams.data.keyed import random_for
+from s3prl_speaker_upstreams.data.loader import Loader, measure_loader
 from s3prl_speaker_upstreams.data.manifest import Manifest, build_manifest
+from s3prl_speaker_upstreams.data.sampler import BalancedBatchSampler, BatchSampler
+from s3prl_speaker_upstreams.data.utterances import DataError
 from s3prl_speaker_upstreams.errors import ConfigError
 
 RATE = 16000
@@ -86,8 +83,8 @@ def test_short_utterance_goes_round(tmp_path):
 def test_only_the_needed_piece_of_a_long_file_is_read(tmp_path, monkeypatch):
     write(tmp_path / "long.wav", np.random.default_rng(0).normal(0, 0.1, 120 * RATE))
     read = []
-    original = module.read_audio
-    monkeypatch.setattr(module, "read_audio", lambda *a, **k: (read.append(a), original(*a, **k))[1])
+    original = utterances.read_audio
+    monkeypatch.setattr(utterances, "read_audio", lambda *a, **k: (read.append(a), original(*a, **k))[1])
     dataset = small(build_manifest(tmp_path, cache=False, progress=False))
     for epoch in range(5):
         dataset[(epoch, 0)]
@@ -155,6 +152,39 @@ def test_speeds_are_new_speakers(tmp_path):
             seen.setdefault(item.label, set()).add(int(np.abs(np.fft.rfft(item.wav * np.hanning(RATE))).argmax()))
     # class = speaker + speed number * 2
     assert seen == {0: {600}, 1: {1000}, 2: {540}, 3: {900}, 4: {660}, 5: {1100}}
+
+
+def test_all_crops_of_an_utterance_have_one_speed(tmp_path):
+    time = np.arange(5 * RATE) / RATE
+    write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 1000.0 * time))
+    manifest = build_manifest(tmp_path, cache=False, progress=False)
+    dataset = small(manifest, speeds=(1.0, 0.9, 1.1), local_seconds=0.5)
+    seen = set()
+    for epoch in range(12):
+        item = dataset[(epoch, 0)]
+        peaks = {2 * int(np.abs(np.fft.rfft(c * np.hanning(8000))).argmax())
+                 for c in [*item.global_crops, *item.local_crops]}  # fmt: skip
+        assert len(peaks) == 1
+        seen |= peaks
+    assert seen == {1000, 900, 1100}
+    np.testing.assert_array_equal(
+        small(manifest)[(0, 0)].global_crops, small(manifest, speeds=(1.0,))[(0, 0)].global_crops
+    )
+
+
+@pytest.mark.parametrize(("rate", "cache_mb"), [(16000, 0), (8000, 0), (8000, 5)])
+def test_crops_come_from_the_speech_where_silence_is_trimmed(tmp_path, rate, cache_mb):
+    hush, speech = np.full(2 * rate, 1e-4), 0.3 * np.random.default_rng(0).choice([-1, 1], 2 * rate)
+    write(tmp_path / "a.wav", np.concatenate([hush, speech, hush]), rate)
+    manifest = build_manifest(tmp_path, cache=False, progress=False)
+    trimmed = small(manifest, trim_db=35.0, cache_mb=cache_mb)
+    assert trimmed.source.length(0) == pytest.approx(2.2 * 16000, abs=800)
+    quiet, whole = 0, small(manifest, silence_db=-100)
+    for epoch in range(30):
+        for crop in trimmed[(epoch, 0)].global_crops:
+            assert (np.abs(crop) > 0.1).mean() > 0.45  # but for the margins, and zero crossings
+        quiet += sum((np.abs(crop) > 0.1).mean() < 0.1 for crop in whole[(epoch, 0)].global_crops)
+    assert quiet > 10
 
 
 def test_labelled_needs_speakers(corpus):
@@ -247,6 +277,23 @@ def test_sampler_refuses_what_cannot_be():
         BatchSampler(10, 4, rank=2, world_size=2)
 
 
+def test_speakers_come_equally_often_in_balanced_batches():
+    labels = np.array([0] * 20 + [1] * 6 + [2] * 4)
+    sampler = BalancedBatchSampler(labels, 6, seed=2)
+    assert sampler.batches_per_epoch == 5
+    for epoch in range(3):
+        keys = [key for b in range(5) for key in sampler.batch(epoch, b)]
+        assert np.bincount(labels[[key[1] for key in keys]]).tolist() == [10, 10, 10]
+        assert len(set(keys)) == 30  # an utterance that comes again gives other crops
+        for b in range(5):
+            assert np.bincount(labels[[key[1] for key in sampler.batch(epoch, b)]]).tolist() == [2, 2, 2]
+    assert {key[1] for epoch in range(20) for b in range(5) for key in sampler.batch(epoch, b)} == set(range(30))
+    many = [BalancedBatchSampler(labels, 6, seed=2, rank=rank, world_size=2) for rank in (0, 1)]
+    assert sampler.batch(4, 1) == many[0].batch(4, 1) + many[1].batch(4, 1)
+    with pytest.raises(ConfigError, match="1 of 2 utterances without a speaker"):
+        BalancedBatchSampler(np.array([0, -1]), 2)
+
+
 # ------------------------------------------------------------------------------------------------ loader
 def test_workers_change_nothing_and_batches_of_processes_join(corpus):
     dataset = small(corpus, augment=Augmenter(AugmentConfig(equaliser_p=0.5)), cache_mb=0.3)
@@ -317,7 +364,9 @@ def test_waiting_is_measured(corpus, monkeypatch):
     assert result["seconds_per_batch"] == pytest.approx(total, rel=0.2)
     assert result["waiting_fraction"] == pytest.approx(result["waited_per_batch"] / result["seconds_per_batch"])
     slow = type(dataset).__getitem__
-    monkeypatch.setattr(type(dataset), "__getitem__", lambda self, key: (module.time.sleep(0.03), slow(self, key))[1])
+    monkeypatch.setattr(
+        type(dataset), "__getitem__", lambda self, key: (loader_module.time.sleep(0.03), slow(self, key))[1]
+    )
     assert measure_loader(Loader(dataset, BatchSampler(12, 4)), 3, step=0.0)["waited_per_batch"] > 0.12
 
 
