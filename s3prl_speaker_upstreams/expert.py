@@ -131,13 +131,13 @@ class Outputs(dict):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def keys(self):  # type: ignore[override]
+    def keys(self):
         return list(self)
 
-    def values(self):  # type: ignore[override]
+    def values(self):
         return [self[key] for key in self]
 
-    def items(self):  # type: ignore[override]
+    def items(self):
         return [(key, self[key]) for key in self]
 
     def copy(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class _Tied(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.like]
         return (grad, *zeros)
 

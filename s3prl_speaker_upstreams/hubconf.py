@@ -29,7 +29,7 @@ ENTRY_MARK = "__s3prl_speaker_upstreams__"
 """Attribute that tells our hub entries from everybody else's."""
 
 
-def _expert(name: str, ckpt: str, **options: Any) -> UpstreamExpert:
+def _expert(name: str, ckpt: str | os.PathLike[str], **options: Any) -> UpstreamExpert:
     path = os.path.expanduser(ckpt)
     if not os.path.isabs(path) and not os.path.exists(path):
         raise CheckpointUnreadable(
@@ -95,7 +95,7 @@ def _named(
 
 
 def _entry(function: Callable, name: str, doc: str) -> Callable:
-    entry = partial(function, name)
+    entry: Any = partial(function, name)
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = __name__
     entry.__doc__ = doc

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 __all__ = ["FINDER", "lend", "watch"]
 
@@ -39,7 +40,9 @@ class PostImportFinder:
         self.waiting.pop(name, None)
         self.lenders.pop(name, None)
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in self.waiting and name not in self.lenders:
             return None
         self.run_late()
@@ -55,7 +58,7 @@ class PostImportFinder:
             self._call_back_after(spec, name)
         return spec
 
-    def _ask_the_others(self, name: str, path: object, target: object) -> ModuleSpec | None:
+    def _ask_the_others(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
         for finder in list(sys.meta_path):
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
@@ -65,7 +68,8 @@ class PostImportFinder:
         return None
 
     def _call_back_after(self, spec: ModuleSpec, name: str) -> None:
-        loader, original = spec.loader, spec.loader.exec_module
+        loader: Any = spec.loader
+        original = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             if module.__name__ != name:  # a zip file has one loader for all its modules

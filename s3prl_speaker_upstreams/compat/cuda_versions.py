@@ -36,7 +36,7 @@ def checks_the_release(module: ModuleType) -> bool:
     return (2, 9) <= ours < _release(torch.__version__)
 
 
-def warn_instead(module: ModuleType) -> None:
+def warn_instead(module: Any) -> None:
     """torchaudio/_extension/utils.py: ``_check_cuda_version`` logs what it would raise."""
     original = module._check_cuda_version
 

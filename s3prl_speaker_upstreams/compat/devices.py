@@ -49,13 +49,13 @@ def follow_the_features(module: ModuleType) -> None:
     module.DownstreamExpert.forward = forward
 
 
-def follow_the_argument(module: ModuleType) -> None:
+def follow_the_argument(module: Any) -> None:
     """s3prl/downstream/{enhancement,separation}_stft/expert.py: their ``device``, cuda:0 wherever CUDA exists.
 
     The runner passes its command line to the constructor; ``device`` among it is what counts, here and in ``loss.py``.
     """
     original = module.DownstreamExpert.__init__
-    loss = sys.modules.get(f"{module.__name__.rpartition('.')[0]}.loss")
+    loss: Any = sys.modules.get(f"{module.__name__.rpartition('.')[0]}.loss")
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,11 +86,12 @@ def evaluate_on_cpu(module: ModuleType) -> None:
     def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.device(self.args.device).type == "cuda" or not torch.cuda.is_available():
             return original(self, *args, **kwargs)
-        real = torch.cuda.device
-        torch.cuda.device = lambda device: nullcontext() if device == self.args.device else real(device)
+        cuda: Any = torch.cuda
+        real = cuda.device
+        cuda.device = lambda device: nullcontext() if device == self.args.device else real(device)
         try:
             return original(self, *args, **kwargs)
         finally:
-            torch.cuda.device = real
+            cuda.device = real
 
     module.Runner.evaluate = evaluate

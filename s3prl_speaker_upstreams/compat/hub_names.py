@@ -78,14 +78,15 @@ def snapshot_download(repo_id: str, revision: str | None = None, use_auth_token:
     return _snapshot_download.snapshot_download(repo_id, revision=revision, **kwargs)
 
 
-def wrap_get_upstream(runner: type) -> None:
+def wrap_get_upstream(runner: Any) -> None:
     """``Runner._get_upstream`` imports ``snapshot_download`` by itself: give it ours, for that call only."""
     original = runner._get_upstream
 
     @functools.wraps(original)
     def _get_upstream(self: Any) -> Any:
-        import huggingface_hub
+        import huggingface_hub as hub
 
+        huggingface_hub: Any = hub
         if not getattr(self.args, "from_hf_hub", False):
             return original(self)
         before = huggingface_hub.snapshot_download
@@ -98,10 +99,10 @@ def wrap_get_upstream(runner: type) -> None:
     runner._get_upstream = _get_upstream
 
 
-def make_runner_api(base: type) -> type:
+def make_runner_api(base: Any) -> type:
     """A subclass of ``HfApi`` whose ``create_repo`` also takes the old ``name`` and ``organization``."""
 
-    class RunnerHfApi(base):  # type: ignore[misc, valid-type]
+    class RunnerHfApi(base):
         def create_repo(self, repo_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
             name, organization = kwargs.pop("name", None), kwargs.pop("organization", None)
             if name is not None:

@@ -51,7 +51,7 @@ def corpus_key(root: str | os.PathLike, *texts: bytes, files: Iterable[tuple[str
 
 
 def _files(root: Path) -> list[tuple[str, int]]:
-    found = []
+    found: list[tuple[str, int]] = []
     for folder, _, names in os.walk(root):
         found.extend((path := os.path.join(folder, name), os.stat(path).st_size) for name in names)
     return sorted(found)

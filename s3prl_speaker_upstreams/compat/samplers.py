@@ -7,7 +7,7 @@ only under torchrun.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch.utils.data import DistributedSampler, Sampler
 
@@ -31,12 +31,14 @@ class DistributedSamplerWrapper(DistributedSampler):
     def __init__(
         self, sampler: Sampler, num_replicas: int | None = None, rank: int | None = None, shuffle: bool = True
     ) -> None:
-        super().__init__(range(len(sampler)), num_replicas=num_replicas, rank=rank, shuffle=shuffle)
+        positions: Any = range(len(sampler))  # type: ignore[arg-type]
+        super().__init__(positions, num_replicas=num_replicas, rank=rank, shuffle=shuffle)
         self.sampler = sampler
 
     def __iter__(self) -> Iterator[int]:
         drawn = list(self.sampler)
-        self.dataset = range(len(drawn))  # what torch's sampler shuffles and shares are positions in this draw
+        positions: Any = range(len(drawn))
+        self.dataset = positions  # what torch's sampler shuffles and shares are positions in this draw
         return iter([drawn[position] for position in super().__iter__()])
 
 

@@ -93,7 +93,7 @@ def _search(levels: _Levels, begin: int, half: Period, wanted: bool) -> int:
     reach = begin + half.duration + _BLOCK // 4
     while True:
         above = _above(levels.upto(reach)[begin:], half)
-        flags = above.any(axis=1) if wanted else above.all(axis=1)
+        flags = np.asarray(above.any(axis=1) if wanted else above.all(axis=1))
         found = _first_run(flags if wanted else ~flags, half.duration)
         if found >= 0:
             return begin + found

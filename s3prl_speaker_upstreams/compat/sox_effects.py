@@ -113,7 +113,9 @@ def _check(effects: Sequence[Sequence[str]]) -> None:
             raise UnsupportedEffect(f"sox effect {name!r} in {list(effects)}: not supplied; {_REMEDY}")
         if name == "silence":
             _silence_halves(arguments, 16000)
-        elif len(arguments) != 1 or _number(arguments[0]) is None or (name != "gain" and _number(arguments[0]) <= 0):
+            continue
+        value = _number(arguments[0]) if len(arguments) == 1 else None
+        if value is None or (name != "gain" and value <= 0):
             raise UnsupportedEffect(f"sox effect {' '.join(map(str, effect))!r}: expected one number; {_REMEDY}")
 
 
@@ -132,16 +134,17 @@ def _silence_halves(arguments: Sequence[str], rate: float) -> tuple[Period, Peri
         raise UnsupportedEffect(
             f"sox effect {shown!r}: expected `silence COUNT DURATION THRESHOLD% [COUNT DURATION THRESHOLD%]`; {_REMEDY}"
         )
+    wrong = f"sox effect {shown!r}: expected counts, seconds and thresholds in % or d; {_REMEDY}"
     halves = [Period(0, 0, 0.0, "%"), Period(0, 0, 0.0, "%")]
     restart = False
     for index in range(len(arguments) // 3):
         count, duration, threshold = (str(item) for item in arguments[3 * index : 3 * index + 3])
         unit = threshold[-1] if threshold[-1:] in ("%", "d") else "%"
         level, seconds, periods = _number(threshold.rstrip("%d")), _number(duration), _number(count)
-        if None in (level, seconds, periods) or periods != int(periods) or seconds < 0 or (index == 0 and periods < 1):
-            raise UnsupportedEffect(
-                f"sox effect {shown!r}: expected counts, seconds and thresholds in % or d; {_REMEDY}"
-            )
+        if level is None or seconds is None or periods is None or periods != int(periods) or seconds < 0:
+            raise UnsupportedEffect(wrong)
+        if index == 0 and periods < 1:
+            raise UnsupportedEffect(wrong)
         if (unit == "%" and not 0 <= level <= 100) or (unit == "d" and level >= 0):
             raise UnsupportedEffect(
                 f"sox effect {shown!r}: got threshold {threshold}; expected 0% to 100%, or below 0d"

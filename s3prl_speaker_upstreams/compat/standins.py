@@ -82,7 +82,7 @@ def _no_sox(module: ModuleType) -> bool:
         return True
 
 
-def _supply_sox(module: ModuleType) -> None:
+def _supply_sox(module: Any) -> None:
     ours = importlib.import_module(f"{__package__}.sox_effects")
     theirs = sys.modules.get("torchaudio.sox_effects")
     if theirs is None:
@@ -125,7 +125,7 @@ def _supply_download(module: ModuleType) -> None:
     importlib.import_module(f"{__package__}.hub_names").wrap_get_upstream(module.Runner)
 
 
-def _supply_runner_api(module: ModuleType) -> None:
+def _supply_runner_api(module: Any) -> None:
     module.HfApi = importlib.import_module(f"{__package__}.hub_names").make_runner_api(module.HfApi)
 
 
@@ -144,7 +144,7 @@ def _numpy_lacks(name: str) -> Callable[[ModuleType], bool]:
     return missing
 
 
-def _supply_numpy(module: ModuleType) -> None:
+def _supply_numpy(module: Any) -> None:
     module.np = importlib.import_module(f"{__package__}.numpy_names")
 
 
@@ -190,7 +190,7 @@ def _no_corpora(module: ModuleType) -> bool:
     return importlib.util.find_spec("s3prl.downstream.ctc.corpus") is None
 
 
-def _supply_corpora(module: ModuleType) -> None:
+def _supply_corpora(module: Any) -> None:
     package = importlib.import_module(f"{__package__}.ctc_corpus")
     module.corpus = sys.modules["s3prl.downstream.ctc.corpus"] = package
     for name in _CORPORA:
@@ -203,7 +203,7 @@ def _is_torchaudio_without_info(module: ModuleType) -> bool:
     return not hasattr(module.torchaudio, "info") or (ours is not None and module.torchaudio.info is ours.info)
 
 
-def _supply_torchaudio(module: ModuleType) -> None:
+def _supply_torchaudio(module: Any) -> None:
     module.torchaudio = importlib.import_module(f"{__package__}.torchaudio_io")
 
 

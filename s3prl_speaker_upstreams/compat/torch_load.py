@@ -71,7 +71,7 @@ def is_experiment(file: Any) -> bool:
         for _ in range(4):  # the old format has three small pickles before the one with the content
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name in ("BINUNICODE", "SHORT_BINUNICODE", "UNICODE"):
-                    strings.add(argument)
+                    strings.add(str(argument))
     except ValueError:  # the end of what was read
         pass
     return any(keys <= strings for keys in _LAYOUTS)

@@ -264,8 +264,7 @@ def save(
             f"torchaudio.save({uri!r}): got {src.dtype}, encoding={encoding!r}, bits_per_sample={bits_per_sample}; "
             f"expected for wav one of {sorted(_SUBTYPES)}, for flac 16 or 24 bits"
         )
-    samples = src.detach().cpu()
-    samples = (samples.t() if channels_first else samples).numpy()
+    samples = (src.t() if channels_first else src).detach().cpu().numpy()
     if samples.dtype == np.uint8:  # soundfile takes no unsigned samples; 8 bits in the upper half are the same
         samples = ((samples.astype(np.int16) - 128) << 8).astype(np.int16)
     _soundfile().write(uri, samples, int(sample_rate), subtype=subtype, format=kind.upper())

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import EcapaConfig
-from .layers import BatchNorm, Block, ConvNorm
+from .layers import BatchNorm, Block, ConvNorm, Convolution
 from .ragged import Gaps, Ragged, patches
 
 __all__ = ["Plan"]
@@ -108,9 +108,11 @@ class _FoldedBlock:
         self.tdnn1 = _Linear(*_scaled(block.tdnn1.conv, scale.abs()), dtype)
         signs, shifts = list(_sign(scale).split(width)), list(shift.split(width))
 
-        self.convolutions, self.ratios, self.outside = [], [], []
+        self.convolutions: list[_Convolution] = []
+        self.ratios: list[Tensor | None] = []
+        self.outside: list[Tensor] = []
         before_sign = before_shift = None
-        for chunk, layer in enumerate(block.res2, start=self.first):
+        for chunk, layer in enumerate(block.res2_layers(), start=self.first):
             sign, shift = signs[chunk], shifts[chunk]
             ratio = None
             if before_sign is not None:
@@ -168,7 +170,7 @@ class _FoldedBlock:
         return inner if len(x.lengths) == 1 else spread.index_select(0, gaps.real)
 
 
-def _scaled(conv: nn.Conv1d, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled(conv: Convolution, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias with every output multiplied; weight (out, in) for a kernel of 1."""
     weight = _wide(conv.weight) * scale[:, None, None]
     return weight[:, :, 0] if weight.shape[2] == 1 else weight, _wide(conv.bias) * scale

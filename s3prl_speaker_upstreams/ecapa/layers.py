@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ __all__ = [
     "BatchNorm",
     "Block",
     "ConvNorm",
+    "Convolution",
     "Pooling",
     "SqueezeExcitation",
     "always_batch_statistics",
@@ -46,6 +47,9 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     always_batch = False
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def uses_batch(self) -> bool:
         """Whether a forward pass now would take the statistics of its batch."""
@@ -55,15 +59,17 @@ class BatchNorm(nn.BatchNorm1d):
         return self.always_batch or (own and torch.is_grad_enabled())
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if weight.dtype in _LOWER:  # PyTorch takes them and the running statistics in float32, or none of them
             weight, bias = weight.float(), bias.float()
         if len(x) == 1 or not self.uses_batch():
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=self.eps)
         self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         # As a one-row image in channels-last order, which PyTorch's CPU kernel reads in memory order.
         image = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
-        y = F.batch_norm(image, self.running_mean, self.running_var, weight, bias, True, self.momentum, self.eps)
+        y = F.batch_norm(image, self.running_mean, self.running_var, weight, bias, True, momentum, self.eps)
         return y.permute(0, 2, 3, 1).reshape(x.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
@@ -97,12 +103,20 @@ def keep_float32(module: M, apply: Callable[..., M], fn: Callable[[Tensor], Tens
     return module
 
 
+class Convolution(nn.Conv1d):
+    """A convolution that has a bias."""
+
+    bias: Tensor
+
+
 class ConvNorm(nn.Module):
     """Convolution, ReLU, batch normalisation (the last where ``norm``)."""
 
+    norm: BatchNorm
+
     def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, norm: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(inputs, outputs, kernel_size)
+        self.conv = Convolution(inputs, outputs, kernel_size)
         if norm:
             self.norm = BatchNorm(outputs)
 
@@ -116,7 +130,7 @@ class ConvNorm(nn.Module):
         return self.finish(_pointwise(x, self.conv))
 
 
-def _pointwise(x: Tensor, conv: nn.Conv1d) -> Tensor:
+def _pointwise(x: Tensor, conv: Convolution) -> Tensor:
     return F.linear(x, conv.weight[:, :, 0], conv.bias)
 
 
@@ -125,8 +139,8 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int, bottleneck: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(channels, bottleneck, 1)
-        self.conv2 = nn.Conv1d(bottleneck, channels, 1)
+        self.conv1 = Convolution(channels, bottleneck, 1)
+        self.conv2 = Convolution(bottleneck, channels, 1)
 
     def gains(self, mean: Tensor) -> Tensor:
         """mean : (utterances, channels) -> (utterances, channels)."""
@@ -145,6 +159,10 @@ class Block(nn.Module):
         self.tdnn2 = ConvNorm(cfg.channels, cfg.channels)
         self.se = SqueezeExcitation(cfg.channels, cfg.se_channels)
 
+    def res2_layers(self) -> list[ConvNorm]:
+        """The Res2 convolutions in order."""
+        return cast("list[ConvNorm]", list(self.res2))
+
     def forward(self, x: Ragged) -> Ragged:
         y = self.tdnn2(self._res2(Ragged(self.tdnn1(x.data), x.lengths)))
         grids = list(Ragged(y, x.lengths).grids())
@@ -159,19 +177,18 @@ class Block(nn.Module):
         chunks = x.data.chunk(self.cfg.res2_scale, 1)
         first = self.cfg.res2_identity == "first"
         outputs, y = [], None
-        for tdnn, chunk in zip(self.res2, chunks[1:] if first else chunks[:-1], strict=True):
+        for tdnn, chunk in zip(self.res2_layers(), chunks[1:] if first else chunks[:-1], strict=True):
             y = chunk if y is None else chunk + y
             y = tdnn.finish(self._dilated(Ragged(y, x.lengths), tdnn.conv))
             outputs.append(y)
         return torch.cat([chunks[0], *outputs] if first else [*outputs, chunks[-1]], 1)
 
-    def _dilated(self, x: Ragged, conv: nn.Conv1d) -> Tensor:
+    def _dilated(self, x: Ragged, conv: Convolution) -> Tensor:
         """Convolution of kernel 3 within each utterance: (frames, channels) -> (frames, channels)."""
         width, zeros = self.dilation, self.cfg.padding == "zeros"
         batch, length = len(x.lengths), x.lengths[0]
-        equal = all(n == length for n in x.lengths)
-        gaps = None if equal else Gaps.of(x.lengths, width, x.data.device)
-        if equal:
+        gaps = None if all(n == length for n in x.lengths) else Gaps.of(x.lengths, width, x.data.device)
+        if gaps is None:
             rows = x.data.view(batch, length, -1)
             if not zeros:
                 rows = _mirror(rows, width)
@@ -186,11 +203,11 @@ class Block(nn.Module):
             rows.unsqueeze(1).permute(0, 3, 1, 2),
             conv.weight[:, :, None],
             conv.bias,
-            padding=(0, width if equal and zeros else 0),
+            padding=(0, width if gaps is None and zeros else 0),
             dilation=(1, width),
         )
         y = y.permute(0, 2, 3, 1).flatten(0, 2)
-        return y if equal else F.embedding(gaps.real - width, y)
+        return y if gaps is None else F.embedding(gaps.real - width, y)
 
 
 def _mirror(x: Tensor, width: int) -> Tensor:
@@ -207,10 +224,10 @@ class Pooling(nn.Module):
         super().__init__()
         self.cfg = cfg
         width = cfg.mfa_channels
-        self.conv1 = nn.Conv1d(3 * width if cfg.attention_context else width, cfg.attention_channels, 1)
+        self.conv1 = Convolution(3 * width if cfg.attention_context else width, cfg.attention_channels, 1)
         if cfg.attention_hidden == "relu_norm_tanh":
             self.norm = BatchNorm(cfg.attention_channels)
-        self.conv2 = nn.Conv1d(cfg.attention_channels, width, 1)
+        self.conv2 = Convolution(cfg.attention_channels, width, 1)
 
     def forward(self, x: Ragged) -> Tensor:
         grids = list(x.grids())

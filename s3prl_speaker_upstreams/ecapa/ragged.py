@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ class Gaps(NamedTuple):
         return _remembered(_gaps)(tuple(lengths), width, device)
 
 
-def _remembered(function: Callable) -> Callable:
+def _remembered(function: Any) -> Callable:
     # The compiler sees through the function, not through its memory.
     return function.__wrapped__ if torch.compiler.is_compiling() else function
 

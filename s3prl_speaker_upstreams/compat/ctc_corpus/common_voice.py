@@ -41,5 +41,5 @@ class CommonVoiceDataset(Bucketed):
             utterances = utterances[offset :: int(1.0 / ratio)]
         super().__init__(utterances, bucket_size)
         # the lists are sorted by length of audio already
-        self.file_list = [file for file, _ in utterances]
-        self.text = [tokens for _, tokens in utterances]
+        self.file_list = [file for file, _ in utterances]  # type: ignore[assignment]
+        self.text = [tokens for _, tokens in utterances]  # type: ignore[assignment]
