@@ -278,3 +278,9 @@ def test_a_checkouts_own_corpora_are_used():
         print(SnipsDataset.__module__, active["s3prl.downstream.ctc.corpus"])
     """
     assert run(code, PYTHONPATH=str(checkout)) == "s3prl.downstream.ctc.corpus.snips False"
+
+
+def test_the_page_names_every_standin():
+    page = (Path(compat.__file__).parent / "README.md").read_text()
+    for standin in STANDINS:
+        assert f"| `{standin.name}` | {standin.removed_in} |" in page and standin.supplies in page, standin.name
