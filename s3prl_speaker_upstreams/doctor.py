@@ -11,7 +11,7 @@ import platform
 import sys
 from dataclasses import dataclass, field
 
-from s3prl_speaker_upstreams import __version__, _startup
+from s3prl_speaker_upstreams import __version__, _startup, errors
 
 __all__ = ["Diagnosis", "add_parsers", "examine"]
 
@@ -183,7 +183,12 @@ def _examine_entries(found: Diagnosis) -> None:
 def _examine_weights(found: Diagnosis) -> None:
     from s3prl_speaker_upstreams import weights
 
-    cached = [name for name in weights.REGISTRY if weights.cached(name) is not None]
+    cached = []
+    for name in weights.REGISTRY:
+        try:
+            cached += [name] if weights.cached(name) is not None else []
+        except errors.SpeakerUpstreamError as error:
+            found.problems.append((f"{name} cannot be used", str(error)))
     found.facts.append(("weights at hand", ", ".join(cached) or "none"))
     if not cached:
         found.facts.append(("", "s3prl-speaker fetch NAME downloads them, s3prl-speaker list shows the names"))

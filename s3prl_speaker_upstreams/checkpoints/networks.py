@@ -24,6 +24,7 @@ TEACHERS = frozenset(
 )
 STUDENTS = frozenset("student s_model student_model student_encoder encoder_q".split())
 AVERAGED = re.compile(r"(?:\w+_)?(?:ema|swa|averaged)(?:_\w+)?")
+_TRAINED = "online_model"  # the trained weights within an averager (ema_pytorch)
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,4 @@ def _kind(where: str, plain: Mapping[str, Tensor]) -> tuple[str | None, str]:
     role = "teacher" if TEACHERS & set(parts) else "student" if STUDENTS & set(parts) else None
     # torch's AveragedModel counts beside its copy how often it was updated.
     averaged = f"{where}n_averaged" in plain or any(AVERAGED.fullmatch(part) for part in parts)
-    return role, "ema" if averaged and role != "teacher" else "raw"
+    return role, "ema" if averaged and role != "teacher" and _TRAINED not in parts else "raw"

@@ -34,7 +34,7 @@ _TRAINER = re.compile(
 _HEADS = re.compile(
     r"(?:\w+_)?(?:classifiers?|clf|heads?|mlp|projections?|projection_head|projectors?|predictors?|prototypes?"
     r"|criterion|loss(?:es)?|loss_(?:fn|func|function|calculator)|aam|aam_softmax|arcface|metric_fc|queue|queue_ptr"
-    r"|center|n_averaged|num_updates|decay)(?:_momentum|_ema)?|(?:train|val|valid|test)_\w+"
+    r"|center|n_averaged|num_updates|decay|initted|step)(?:_momentum|_ema)?|(?:train|val|valid|test)_\w+"
 )
 
 

@@ -1,13 +1,14 @@
 """From an entry name or URL to a file on this machine: what ships, what is cached, what must be downloaded.
 
-Where files are: those of the Hugging Face Hub in its own cache, laid out as its tools do (``HF_HUB_CACHE``, else
-``HF_HOME/hub``, else ``~/.cache/huggingface/hub``), so that either finds the other's; all others in s3prl's download
-folder (``S3PRL_SPEAKER_CACHE``, else ``~/.cache/s3prl/download``) under s3prl's names. A file that was put by hand into
-``<that folder>/<entry name>/`` comes before both.
+Where files are: those of the Hugging Face Hub in its own cache (:mod:`.hub`); all others in s3prl's download folder
+(``S3PRL_SPEAKER_CACHE``, else ``~/.cache/s3prl/download``) under s3prl's names. A file that was put by hand into
+``<that folder>/<entry name>/`` comes before both. The folders may be shared, read-only or somebody else's: what is in
+them is used, and what cannot be done there is said.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,35 +17,22 @@ import re
 import shutil
 import stat
 import tempfile
-import urllib.error
 import urllib.parse
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from time import sleep
 
-from filelock import FileLock
-
-from ..errors import ConfigError, DownloadError
-from .downloader import (
-    PASSING,
-    Answer,
-    copy_atomically,
-    download,
-    http_message,
-    is_nowhere,
-    is_offline,
-    open_url,
-    sha256_of,
-)
+from ..common.digests import file_sha256
+from ..common.files import locked, write_json
+from ..errors import ConfigError, DownloadError, SpeakerUpstreamError
+from .downloader import download, is_offline
+from .hub import NotAHub, hub_cache_folder, hub_cached, hub_download, hub_location
 from .registry import REGISTRY, SHIPPED_FOLDER, PublicCheckpoint, lookup
 
 __all__ = ["by_hand_path", "cache_folder", "cached", "hub_cache_folder", "resolve"]
 
 logger = logging.getLogger(__name__)
 
-_HUB = "https://huggingface.co"
-_HUB_URL = re.compile(r"https?://[^/]+/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/([^?#]+)")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # A zip may say how large its members are only to fill the disk; the largest public checkpoint has 765 MB.
 _LARGEST_MEMBER = 4 << 30
@@ -58,21 +46,6 @@ def cache_folder() -> Path:
     """
     chosen = os.environ.get("S3PRL_SPEAKER_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "s3prl" / "download"
-
-
-def hub_cache_folder() -> Path:
-    """Hugging Face's cache folder, found as its own library finds it.
-
-    >>> hub_cache_folder().is_absolute() or bool(os.environ.get("HF_HUB_CACHE") or os.environ.get("HF_HOME"))
-    True
-    """
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(name):
-            return Path(os.path.expandvars(os.environ[name])).expanduser()
-    home = os.environ.get("HF_HOME")
-    if not home:
-        home = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
 
 
 def by_hand_path(entry: PublicCheckpoint) -> Path:
@@ -119,11 +92,21 @@ def resolve(
             f"{entry.title} is not on this machine and the environment forbids the network (HF_HUB_OFFLINE or "
             f"S3PRL_SPEAKER_OFFLINE is set). Unset it, or fetch the file elsewhere. {remedy}"
         )
-    if entry.source == "hub":
-        return _from_hub(entry, (endpoint or os.environ.get("HF_ENDPOINT") or _HUB).rstrip("/"), refresh, progress)
-    target = _url_path(entry.url)
+    with _said_with(remedy):
+        if entry.source == "hub":
+            try:
+                path = hub_download(entry, endpoint=endpoint, refresh=refresh, progress=progress, remedy=remedy)
+            except NotAHub as mirror:
+                # No commit to file it under: kept under the published address, where `cached` finds it from now on.
+                logger.info("%s: is a plain mirror of the Hub", mirror)
+                return _plain_download(str(mirror), entry, refresh, progress, remedy)
+            return _verified_or_removed(path, entry)
+        return _plain_download(entry.url, entry, refresh, progress, remedy)
+
+
+def _plain_download(url: str, entry: PublicCheckpoint, refresh: bool, progress: bool, remedy: str) -> Path:
     path = download(
-        entry.url, target, sha256=entry.sha256 if entry.source == "url" else None,
+        url, _url_path(entry.url), sha256=None if entry.source == "zip" else entry.sha256,
         progress=progress, refresh=refresh, remedy=remedy, check=_check_is_no_page,
     )  # fmt: skip
     return _extracted(path, entry, refresh) if _is_archive(path) else path
@@ -141,24 +124,35 @@ def cached(name_or_url: str | PublicCheckpoint) -> Path | None:
     if entry.source == "shipped":
         path = SHIPPED_FOLDER / entry.file
         return path if path.is_file() else None
-    by_hand = by_hand_path(entry)
-    if entry.name in REGISTRY and by_hand.is_file():
-        return _verified(by_hand, entry.sha256, entry)
-    if entry.source == "hub":
-        path = _hub_snapshot(entry)
-        if path is None:
+    with _said_with(_by_hand(entry)):
+        by_hand = by_hand_path(entry)
+        if entry.name in REGISTRY and by_hand.is_file():
+            return _verified(by_hand, entry.sha256, entry)
+        if entry.source == "manual":
             return None
-        # A large file's blob is named by its sha256.
-        blob = path.resolve().name
-        return _verified(path, entry.sha256 or (blob if _SHA256.fullmatch(blob) else None), entry)
-    if entry.source == "manual":
-        return None
-    path = _url_path(entry.url)
-    if not path.is_file():
-        return None
-    if _is_archive(path):
-        return _extracted(path, entry)
-    return _verified(path, entry.sha256 or _recorded(path), entry)
+        found = hub_cached(entry) if entry.source == "hub" else None
+        if found is not None:
+            return _verified(found, entry.sha256 or _blob_sha256(found), entry)
+        path = _url_path(entry.url)
+        if not path.is_file():
+            return None
+        if _is_archive(path):
+            return _extracted(path, entry)
+        return _verified(path, entry.sha256 or _recorded(path), entry)
+
+
+@contextlib.contextmanager
+def _said_with(remedy: str) -> Iterator[None]:
+    """Errors of the file system (a cache that is read-only or somebody else's, a full disk) become ours."""
+    try:
+        yield
+    except SpeakerUpstreamError:
+        raise
+    except OSError as error:
+        raise DownloadError(
+            f"{error.filename or 'the cache'}: {error.strerror or error}; set S3PRL_SPEAKER_CACHE and HF_HUB_CACHE to "
+            f"folders of your own. {remedy}"
+        ) from error
 
 
 def _entry(name_or_url: str | PublicCheckpoint) -> PublicCheckpoint:
@@ -175,10 +169,9 @@ def _entry(name_or_url: str | PublicCheckpoint) -> PublicCheckpoint:
         raise DownloadError(
             f"{text}: Google Drive gives no direct link; download the file in a browser and pass it with -k PATH"
         )
-    hub = _HUB_URL.match(text)
-    endpoint_host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or _HUB).hostname
-    if hub and parts.hostname in ("huggingface.co", "hf.co", endpoint_host):
-        repo, revision, file = (urllib.parse.unquote(group) for group in hub.groups())
+    location = hub_location(text)
+    if location is not None:
+        repo, revision, file = location
         return PublicCheckpoint(text, file, "hub", text, file, "", repo=repo, revision=revision)
     return PublicCheckpoint(text, name, "url", text, name, "")
 
@@ -219,7 +212,7 @@ def _verified(path: Path, sha256: str | None, entry: PublicCheckpoint) -> Path:
             return path
     except (OSError, ValueError):
         pass
-    found = sha256_of(path, "checking")
+    found = file_sha256(path, "checking")
     if found != sha256.lower():
         raise DownloadError(
             f"{path}: got a file of {status.st_size:,} bytes with sha256 {found}, expected {sha256} ({entry.title}); "
@@ -227,13 +220,26 @@ def _verified(path: Path, sha256: str | None, entry: PublicCheckpoint) -> Path:
             "again, or pass another file with -k PATH"
         )
     try:
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        beside = stamp.with_name(f"{stamp.name}.{os.getpid()}.part")
-        beside.write_text(json.dumps(now), encoding="utf-8")
-        os.replace(beside, stamp)
+        write_json(stamp, now)
     except OSError as error:
         logger.debug("%s: not noted as checked: %s", path, error)
     return path
+
+
+def _blob_sha256(path: Path) -> str | None:
+    """Checksum of a large file of the Hub's cache: the name of the blob that it links to."""
+    blob = path.resolve().name
+    return blob if _SHA256.fullmatch(blob) else None
+
+
+def _verified_or_removed(path: Path, entry: PublicCheckpoint) -> Path:
+    """A fresh file of the Hub's cache, whose library checks its size only; another one than expected does not stay."""
+    try:
+        return _verified(path, entry.sha256 or _blob_sha256(path), entry)
+    except DownloadError:
+        for stale in {path.resolve(), path}:
+            stale.unlink(missing_ok=True)
+        raise
 
 
 def _check_is_no_page(path: Path) -> None:
@@ -248,102 +254,6 @@ def _check_is_no_page(path: Path) -> None:
         raise DownloadError(
             f"{path.name}: the server sent a message instead of the file: {head[:120].decode('utf-8', 'replace')!r}"
         )
-
-
-# --- files of the Hugging Face Hub -----------------------------------------------------------------------------------
-
-
-def _hub_repo(entry: PublicCheckpoint) -> Path:
-    return hub_cache_folder() / ("models--" + str(entry.repo).replace("/", "--"))
-
-
-def _hub_snapshot(entry: PublicCheckpoint) -> Path | None:
-    repo, revision = _hub_repo(entry), str(entry.revision)
-    commit = revision
-    if not _COMMIT.fullmatch(revision):
-        try:
-            commit = (repo / "refs" / revision).read_text(encoding="utf-8").strip()
-        except OSError:
-            return None
-    path = repo / "snapshots" / commit / entry.file
-    return path if path.is_file() else None
-
-
-def _from_hub(entry: PublicCheckpoint, endpoint: str, refresh: bool, progress: bool) -> Path:
-    """Download a file of the Hub into its cache: blobs/<hash>, a link in snapshots/<commit>, the commit in refs."""
-    remedy = _by_hand(entry)
-    repo = _hub_repo(entry)
-    file = urllib.parse.quote(entry.file)
-    url = f"{endpoint}/{entry.repo}/resolve/{urllib.parse.quote(str(entry.revision), safe='')}/{file}"
-    before = _hub_snapshot(entry)
-    stamp = before.stat().st_mtime_ns if before else None
-    lock = hub_cache_folder() / ".locks" / f"{repo.name}-{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(lock)):
-            now = _hub_snapshot(entry)
-            if now is not None and (not refresh or now.stat().st_mtime_ns != stamp):
-                return now  # another process has just fetched it
-            answer = _ask(url, remedy)
-            commit = answer.commit or (entry.revision if _COMMIT.fullmatch(str(entry.revision)) else None)
-            expected = entry.sha256 or (answer.etag if answer.etag and _SHA256.fullmatch(answer.etag) else None)
-            if commit is None:
-                # A mirror that does not speak the Hub's protocol: no commit to file it under.
-                return download(
-                    url, _url_path(url), sha256=expected, progress=progress, refresh=refresh, remedy=remedy,
-                    check=_check_is_no_page,
-                )  # fmt: skip
-            blob = repo / "blobs" / (answer.etag or expected or hashlib.sha256(url.encode()).hexdigest())
-            download(
-                url, blob, sha256=expected, progress=progress, refresh=refresh, remedy=remedy, check=_check_is_no_page
-            )
-            # The Hub's own cache has no notes beside its blobs; the blob's name is its checksum.
-            for extra in (".sha256", ".lock"):
-                blob.with_name(blob.name + extra).unlink(missing_ok=True)
-            snapshot = repo / "snapshots" / commit / entry.file
-            _link(blob, snapshot)
-            if not _COMMIT.fullmatch(str(entry.revision)):
-                reference = repo / "refs" / str(entry.revision)
-                reference.parent.mkdir(parents=True, exist_ok=True)
-                beside = reference.with_name(f"{reference.name}.{os.getpid()}.part")
-                beside.write_text(commit, encoding="utf-8")
-                os.replace(beside, reference)
-            return snapshot
-    except OSError as error:
-        if isinstance(error, DownloadError):
-            raise
-        raise DownloadError(f"{url}: cannot be stored in {hub_cache_folder()}: {error}. {remedy}") from error
-
-
-def _ask(url: str, remedy: str) -> Answer:
-    """Commit, hash and size of a file of the Hub, by a HEAD request, tried again a few times as a download is."""
-    for attempt in range(4):
-        try:
-            response, answer = open_url(url, method="HEAD")
-            response.close()
-            return answer
-        except urllib.error.HTTPError as error:
-            problem, final = http_message(url, error), error.code not in PASSING
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            problem = f"{url}: cannot be reached: {getattr(error, 'reason', None) or error or type(error).__name__}"
-            final = is_nowhere(error) and attempt > 0
-        if final or attempt == 3:
-            break
-        sleep(0.5 * 2**attempt)
-    raise DownloadError(f"{problem}. {remedy}")
-
-
-def _link(blob: Path, snapshot: Path) -> None:
-    snapshot.parent.mkdir(parents=True, exist_ok=True)
-    beside = snapshot.with_name(f"{snapshot.name}.{os.getpid()}.part")
-    beside.unlink(missing_ok=True)
-    try:
-        os.symlink(os.path.relpath(blob, snapshot.parent), beside)
-        os.replace(beside, snapshot)
-    except (OSError, NotImplementedError):
-        # File systems without links (some network shares, Windows): a copy, as the Hub's own library does.
-        beside.unlink(missing_ok=True)
-        copy_atomically(blob, snapshot)
 
 
 # --- other files -----------------------------------------------------------------------------------------------------
@@ -369,35 +279,58 @@ def _is_archive(path: Path) -> bool:
 
 
 def _extracted(archive: Path, entry: PublicCheckpoint, refresh: bool = False) -> Path:
-    """Folder with the checkpoint and its configuration out of a downloaded zip; nothing else is unpacked."""
+    """Folder with the checkpoint and its configuration out of a downloaded zip; nothing else is unpacked.
+
+    What is unpacked already is used as it is, which needs no right to write there.
+    """
     folder = archive.with_name(f"{archive.name}.unpacked")
-    wanted = {entry.file, "config.yaml", "config.yml", "avg_model.pt", "model_avg.pt", "hyperparams.yaml"}
-    with FileLock(f"{archive}.lock"):
-        if folder.is_dir():
-            # Of many that refresh at once, those behind the first find a folder younger than the archive.
-            if not refresh or folder.stat().st_mtime_ns >= archive.stat().st_mtime_ns:
-                return folder
-            shutil.rmtree(folder)
-        beside = Path(tempfile.mkdtemp(prefix=f".{archive.name}.", dir=archive.parent))
-        try:
-            weights = 0
-            with zipfile.ZipFile(archive) as packed:
-                for member in packed.infolist():
-                    # Only the last part of a member's name is used, so nothing can be written outside the folder.
-                    name = Path(member.filename.replace("\\", "/")).name
-                    if member.is_dir() or name not in wanted or stat.S_ISLNK(member.external_attr >> 16):
-                        continue
-                    if member.file_size > _LARGEST_MEMBER:
-                        raise DownloadError(f"{archive}: {member.filename} claims {member.file_size:,} bytes; refused")
-                    with packed.open(member) as source, open(beside / name, "wb") as target:
-                        shutil.copyfileobj(source, target, 1 << 20)
-                    weights += not name.endswith((".yaml", ".yml"))
-            if not weights:
-                names = ", ".join(zipfile.ZipFile(archive).namelist()[:5])
-                raise DownloadError(f"{archive}: holds {names}, expected {entry.file}. {_by_hand(entry)}")
-            os.replace(beside, folder)
-        except zipfile.BadZipFile as error:
-            raise DownloadError(f"{archive}: is a damaged zip ({error}); delete it to fetch it again") from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    # Of many that refresh at once, those behind the first find a folder younger than the archive.
+    if folder.is_dir() and (not refresh or folder.stat().st_mtime_ns >= archive.stat().st_mtime_ns):
+        return folder
+    try:
+        with locked(f"{archive}.lock", str(archive), timeout=-1):
+            if folder.is_dir():
+                if not refresh or folder.stat().st_mtime_ns >= archive.stat().st_mtime_ns:
+                    return folder
+                shutil.rmtree(folder)
+            beside = Path(tempfile.mkdtemp(prefix=f".{archive.name}.", dir=archive.parent))
+            try:
+                _unpack(archive, beside, entry)
+                beside.chmod(0o777 & ~_umask())  # mkdtemp's are private; who shares the cache reads this, too
+                os.replace(beside, folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+    except zipfile.BadZipFile as error:
+        raise DownloadError(f"{archive}: is a damaged zip ({error}); delete it to fetch it again") from error
+    except PermissionError as error:
+        raise DownloadError(
+            f"{archive}: is downloaded, but may not be unpacked beside itself ({error.strerror}): the cache is "
+            f"read-only or somebody else's. Unpack it elsewhere and pass the folder with -k PATH (ckpt=PATH) to -u "
+            f"{entry.name}, or set S3PRL_SPEAKER_CACHE to a folder of your own"
+        ) from error
     return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)  # it can only be read by setting it
+    os.umask(mask)
+    return mask
+
+
+def _unpack(archive: Path, target: Path, entry: PublicCheckpoint) -> None:
+    wanted = {entry.file, "config.yaml", "config.yml", "avg_model.pt", "model_avg.pt", "hyperparams.yaml"}
+    weights = 0
+    with zipfile.ZipFile(archive) as packed:
+        for member in packed.infolist():
+            # Only the last part of a member's name is used, so nothing can be written outside the folder.
+            name = Path(member.filename.replace("\\", "/")).name
+            if member.is_dir() or name not in wanted or stat.S_ISLNK(member.external_attr >> 16):
+                continue
+            if member.file_size > _LARGEST_MEMBER:
+                raise DownloadError(f"{archive}: {member.filename} claims {member.file_size:,} bytes; refused")
+            with packed.open(member) as source, open(target / name, "wb") as file:
+                shutil.copyfileobj(source, file, 1 << 20)
+            weights += not name.endswith((".yaml", ".yml"))
+        if not weights:
+            names = ", ".join(packed.namelist()[:5])
+            raise DownloadError(f"{archive}: holds {names}, expected {entry.file}. {_by_hand(entry)}")

@@ -11,9 +11,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from ..common.digests import file_sha256
 from ..errors import SpeakerUpstreamError
 
 __all__ = ["add_parsers"]
@@ -143,7 +145,7 @@ def _where(name: str) -> str:
         return "yes" if cached(name) else "by hand" if REGISTRY[name].source == "manual" else "no"
     except SpeakerUpstreamError as error:
         logger.warning("%s", error)
-        return "damaged"
+        return "unusable"
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -187,7 +189,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _native_provenance(path: Path) -> dict:
+def _native_provenance(path: Path) -> Mapping[str, Any]:
     from ..checkpoints import read_checkpoint
 
     return read_checkpoint(path).provenance
@@ -220,13 +222,13 @@ def _info_file(path: Path, args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(facts: dict, as_json: bool) -> None:
+def _show(facts: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         _write([json.dumps(facts, indent=1, default=str)])
         return
     lines = []
     for key, value in facts.items():
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             lines.append(f"{key}:")
             lines += [f"  {k}: {v}" for k, v in value.items()]
         else:
@@ -262,13 +264,12 @@ def _convert(args: argparse.Namespace) -> int:
             keep = ("name", "title", "url", "revision", "licence", "training_data", "eer", "citation")
             provenance = {key: getattr(entry, key) for key in keep if getattr(entry, key) not in (None, "")}
         from ..checkpoints import find_file, read_checkpoint, save_native
-        from .downloader import sha256_of
 
         checkpoint = read_checkpoint(
             path, format=args.format, role=args.role, copy=args.copy, frontend=args.frontend,
             allow_pickle=args.allow_pickle,
         )  # fmt: skip
-        provenance["converted_from_sha256"] = sha256_of(find_file(path, format=args.format, role=args.role))
+        provenance["converted_from_sha256"] = file_sha256(find_file(path, format=args.format, role=args.role))
         target = save_native(checkpoint, args.target, provenance, fp16=args.fp16)
     except SpeakerUpstreamError as error:
         return _fail(error)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import email.message
 import functools
-import hashlib
 import http.client
 import json
 import logging
 import os
 import re
-import shutil
 import socket
 import ssl
 import sys
@@ -20,15 +17,16 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from time import sleep
-from typing import Any, NamedTuple
+from typing import Any
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from .. import __version__
+from ..common.digests import file_sha256
+from ..common.files import locked, write_text
 from ..errors import DownloadError
 
-__all__ = ["Answer", "download", "is_offline", "open_url", "sha256_of"]
+__all__ = ["TRANSIENT", "download", "http_message", "is_offline"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +34,7 @@ _CHUNK = 1 << 20
 _RETRIES = 5
 _TIMEOUT = 30.0
 # Worth another try: the server is busy or a proxy between failed.
-PASSING = {408, 425, 429, 500, 502, 503, 504}
-
-
-class Answer(NamedTuple):
-    """What a server says of a file: Hub commit, content hash (ETag without quotes) and size in bytes, where known.
-
-    >>> Answer(None, "v1", 83_316_686).size
-    83316686
-    """
-
-    commit: str | None
-    etag: str | None
-    size: int | None
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
 def is_offline() -> bool:
@@ -59,22 +45,6 @@ def is_offline() -> bool:
     """
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "S3PRL_SPEAKER_OFFLINE")
     return any(os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE") for name in names)
-
-
-def sha256_of(path: str | os.PathLike, description: str | None = None) -> str:
-    """SHA-256 of a file, hexadecimal; a bar appears if it takes over two seconds.
-
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile() as empty:
-    ...     sha256_of(empty.name)[:8]
-    'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file, _bar(description or "checking", os.path.getsize(path)) as bar:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
 
 
 def _bar(description: str, total: int | None, initial: int = 0, show: bool = True) -> tqdm:
@@ -90,20 +60,6 @@ def _bar(description: str, total: int | None, initial: int = 0, show: bool = Tru
     )
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, remembering the first answer that names a Hub commit (the file's host does not repeat it)."""
-
-    def __init__(self) -> None:
-        self.headers: list[email.message.Message] = []
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.headers.append(headers)
-        following = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if following is not None:
-            following.method = req.get_method()  # before Python 3.13 a redirected HEAD becomes a GET
-        return following
-
-
 @functools.lru_cache(maxsize=1)
 def _certificates() -> ssl.SSLContext:
     """The system's certificates; where Python finds none (some builds of it), those of the certifi package."""
@@ -117,19 +73,9 @@ def _certificates() -> ssl.SSLContext:
     return context
 
 
-def open_url(url: str, *, offset: int = 0, validator: str | None = None, method: str = "GET") -> tuple[Any, Answer]:
-    """Open a URL, from byte `offset` if the file is still the one that had `validator` (an ETag or Last-Modified).
-
-    Returns the response and what the servers on the way said. Raises urllib's errors as they are.
-
-    >>> import tempfile, pathlib
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "x"
-    >>> _ = path.write_bytes(b"abc")
-    >>> response, _ = open_url(path.as_uri())
-    >>> response.read()
-    b'abc'
-    """
-    request = urllib.request.Request(url, method=method)
+def _open(url: str, offset: int, validator: str | None) -> Any:
+    """Open a URL, from byte `offset` if the file is still the one that had `validator` (an ETag or Last-Modified)."""
+    request = urllib.request.Request(url)
     request.add_header("User-Agent", f"s3prl_speaker_upstreams/{__version__}")
     # A compressed transfer could not be resumed or compared with the size.
     request.add_header("Accept-Encoding", "identity")
@@ -137,21 +83,8 @@ def open_url(url: str, *, offset: int = 0, validator: str | None = None, method:
         request.add_header("Range", f"bytes={offset}-")
         if validator:
             request.add_header("If-Range", validator)
-    redirects = _Redirects()
     secure = urllib.request.HTTPSHandler(context=_certificates())
-    response = urllib.request.build_opener(redirects, secure).open(request, timeout=_TIMEOUT)
-    every = [*redirects.headers, response.headers]
-
-    def first(*names: str) -> str | None:
-        return next((h[name] for name in names for h in every if h.get(name)), None)
-
-    linked = first("X-Linked-Etag") or response.headers.get("ETag")
-    size = first("X-Linked-Size") or (response.headers.get("Content-Length") if not offset else None)
-    return response, Answer(
-        commit=first("X-Repo-Commit"),
-        etag=linked.strip().removeprefix("W/").strip('"') if linked else None,
-        size=int(size) if size and size.isdigit() else None,
-    )
+    return urllib.request.build_opener(secure).open(request, timeout=_TIMEOUT)
 
 
 def download(
@@ -172,7 +105,7 @@ def download(
     progress : a bar on the terminal, if the download takes over two seconds
     refresh : download again although the file is there
     remedy : appended to every error: what to do by hand
-    retries : how often to try again after a passing failure without any progress (waits 0.5, 1, 2, ... seconds)
+    retries : how often to try again after a transient failure without any progress (waits 0.5, 1, 2, ... seconds)
     check : called with the whole file before it takes its place; it raises to refuse it
 
     However many processes ask, one downloads and the others wait and find the file.
@@ -188,8 +121,7 @@ def download(
     target = Path(target)
     before = _stamp(target)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with locked(f"{target}.lock", str(target), timeout=-1):
             # Who waited for the lock finds what the first has just fetched, also when all were told to refresh.
             if target.exists() and (not refresh or _stamp(target) != before):
                 return target
@@ -226,7 +158,7 @@ def _download_locked(
     part = target.with_name(f"{target.name}.part")
     note = target.with_name(f"{target.name}.part.json")
     _transfer(url, part, note, progress, remedy, retries, certain=sha256 is not None)
-    found = sha256_of(part, "checking")
+    found = file_sha256(part, "checking")
     if sha256 is not None and found != sha256.lower():
         size = part.stat().st_size
         _remove(part, note)
@@ -244,9 +176,7 @@ def _download_locked(
             _remove(part, note)
             raise DownloadError(_with(str(error), remedy)) from error
     record = target.with_name(f"{target.name}.sha256")
-    beside = record.with_name(f"{record.name}.part")
-    beside.write_text(f"{found}  {target.name}\n", encoding="ascii")
-    os.replace(beside, record)
+    write_text(record, f"{found}  {target.name}\n")
     os.replace(part, target)
     _remove(note)
     logger.info("downloaded %s to %s (%s bytes, sha256 %s)", url, target, f"{target.stat().st_size:,}", found)
@@ -277,10 +207,10 @@ def _transfer(url: str, part: Path, note: Path, progress: bool, remedy: str, ret
                 # What is there is not a beginning of what the server has: start over.
                 _remove(part, note)
                 complete, problem = False, "the server refused to continue"
-            elif error.code in PASSING:
+            elif error.code in TRANSIENT:
                 complete, problem = False, f"HTTP {error.code} {error.reason}"
             else:
-                raise DownloadError(_with(http_message(url, error), remedy)) from error
+                raise DownloadError(_with(http_message(url, error.code), remedy)) from error
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
                 raise DownloadError(
@@ -325,8 +255,7 @@ def _continuation(url: str, part: Path, note: Path, certain: bool) -> tuple[int,
 
 def _attempt(url: str, part: Path, note: Path, offset: int, validator: str | None, progress: bool) -> bool:
     """One request; True if the file is now whole."""
-    response, answer = open_url(url, offset=offset, validator=validator)
-    with response:
+    with _open(url, offset, validator) as response:
         headers = response.headers
         etag, length = headers.get("ETag"), headers.get("Content-Length")
         if getattr(response, "status", 200) == 206 and offset:
@@ -338,7 +267,7 @@ def _attempt(url: str, part: Path, note: Path, offset: int, validator: str | Non
             total = int(span.group(2)) if span.group(2).isdigit() else None
         else:
             offset = 0
-            total = int(length) if length and length.isdigit() else answer.size
+            total = int(length) if length and length.isdigit() else None
             # Only a strong ETag (or a date) lets a later request be sure that it continues the same file.
             strong = etag if etag and etag.startswith('"') else headers.get("Last-Modified")
             note.write_text(json.dumps({"url": url, "validator": strong}), encoding="utf-8")
@@ -356,10 +285,10 @@ def _attempt(url: str, part: Path, note: Path, offset: int, validator: str | Non
     return total is None or size == total
 
 
-def http_message(url: str, error: urllib.error.HTTPError) -> str:
+def http_message(url: str, status: int) -> str:
     """One sentence of what a server's refusal means.
 
-    >>> http_message("http://x/y", urllib.error.HTTPError("http://x/y", 410, "Gone", None, None))
+    >>> http_message("http://x/y", 410)
     'http://x/y: HTTP 410 Gone: the file has been removed'
     """
     why = {
@@ -367,23 +296,5 @@ def http_message(url: str, error: urllib.error.HTTPError) -> str:
         403: "the server refuses access",
         404: "the file is not there (renamed or removed, or a wrong link)",
         410: "the file has been removed",
-    }.get(error.code, "the server refuses")
-    return f"{url}: HTTP {error.code} {error.reason}: {why}"
-
-
-def copy_atomically(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Copy a file so that the target appears whole or not at all.
-
-    >>> import tempfile, pathlib
-    >>> folder = pathlib.Path(tempfile.mkdtemp())
-    >>> _ = (folder / "a").write_text("x")
-    >>> copy_atomically(folder / "a", folder / "b")
-    >>> (folder / "b").read_text()
-    'x'
-    """
-    beside = Path(f"{target}.{os.getpid()}.part")
-    try:
-        shutil.copyfile(source, beside)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    }.get(status, "the server refuses")
+    return f"{url}: HTTP {status} {http.client.responses.get(status, '')}: {why}"

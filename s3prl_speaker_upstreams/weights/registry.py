@@ -6,13 +6,13 @@ that ship inside this package are listed only where their file is present.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from ..common.hints import nearest
 from ..errors import ConfigError
 
 __all__ = ["REGISTRY", "PublicCheckpoint", "lookup"]
@@ -283,45 +283,46 @@ _PUBLIC = (
 
 
 def _told_by(path: Path) -> dict:
-    """Provenance that a native checkpoint states in its header (read without torch or safetensors); {} if it has none.
+    """What a native checkpoint states in its header (read without torch or safetensors); {} if it states nothing.
 
     The format: 8 bytes of little-endian size, then so much JSON, whose ``__metadata__`` is ours to fill.
     """
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 10_000_000)))
-        provenance = json.loads(header["__metadata__"]["config"])["provenance"]
+        told = json.loads(header["__metadata__"]["config"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return provenance if isinstance(provenance, dict) else {}
+    return told if isinstance(told, dict) and isinstance(told.get("provenance"), dict) else {}
 
 
-def _shipped_entry(name: str, title: str, self_supervised: bool) -> PublicCheckpoint:
-    path = SHIPPED_FOLDER / f"{name}.safetensors"
+def _shipped_entry(path: Path) -> PublicCheckpoint:
     told = _told_by(path)
+    provenance = told.get("provenance", {})
+    self_supervised = told.get("role") in ("teacher", "student")
+    title = f"{'self-supervised ' if self_supervised else ''}ECAPA-TDNN that comes with this package"
+    data = provenance.get("training_data", "see the file's provenance")
+    if isinstance(data, Mapping):  # as this package's own training writes it
+        data = f"{', '.join(map(str, data.get('sources', ())))} ({data.get('hours', 0):.2g} h)"
     return PublicCheckpoint(
-        name,
-        title,
+        path.stem,
+        str(provenance.get("title", title)),
         "shipped",
         "",
         path.name,
         "native",
         size=path.stat().st_size,
         size_exact=True,
-        licence=str(told.get("licence", "Apache-2.0")),
-        training_data=str(told.get("training_data", "see the file's provenance")),
-        citation=str(told.get("citation", _ECAPA)),
+        licence=str(provenance.get("licence", "Apache-2.0")),
+        training_data=str(data),
+        citation=str(provenance.get("citation", _ECAPA)),
         self_supervised=self_supervised,
     )
 
 
 def _shipped() -> tuple[PublicCheckpoint, ...]:
-    """Weights inside this package, as far as their files are there."""
-    known = (
-        ("ecapa_dino_small", "DINO ECAPA-TDNN, small (this package)", True),
-        ("ecapa_tdnn_small", "ECAPA-TDNN, small (this package)", False),
-    )
-    return tuple(_shipped_entry(*entry) for entry in known if (SHIPPED_FOLDER / f"{entry[0]}.safetensors").is_file())
+    """Weights inside this package: the files that are there, each under its own name."""
+    return tuple(_shipped_entry(path) for path in sorted(SHIPPED_FOLDER.glob("*.safetensors")))
 
 
 REGISTRY: Mapping[str, PublicCheckpoint] = MappingProxyType({entry.name: entry for entry in (*_PUBLIC, *_shipped())})
@@ -337,7 +338,7 @@ def lookup(name: str) -> PublicCheckpoint:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    near = difflib.get_close_matches(name, REGISTRY, n=2)
+    near = nearest(name, REGISTRY, n=2)
     raise ConfigError(
         f"unknown checkpoint {name!r}"
         + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")

@@ -33,6 +33,7 @@ class Server:
     def __init__(self) -> None:
         self.files: dict[str, Hosted] = {}
         self.log: list[tuple[str, str, str | None]] = []
+        self.tokens: dict[str, str | None] = {}
         self.redirects: dict[str, tuple[str, dict[str, str]]] = {}
         outer = self
 
@@ -73,10 +74,12 @@ class Server:
     def answer(self, request: http.server.BaseHTTPRequestHandler, body: bool) -> None:
         path = request.path
         self.log.append((request.command, path, request.headers.get("Range")))
+        self.tokens[path] = request.headers.get("Authorization")
         if path in self.redirects:
             target, headers = self.redirects[path]
             request.send_response(302)
-            request.send_header("Location", f"{self.url}{target}")
+            # by another name, as the Hub redirects to another host
+            request.send_header("Location", f"{self.url.replace('127.0.0.1', 'localhost')}{target}")
             for key, value in headers.items():
                 request.send_header(key, value)
             request.send_header("Content-Length", "0")
@@ -152,9 +155,9 @@ def own_caches(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Waits between tries take no time; gives the list of what would have been waited."""
-    from s3prl_speaker_upstreams.weights import cache, downloader
+    from s3prl_speaker_upstreams.weights import downloader, hub
 
     waited: list[float] = []
     monkeypatch.setattr(downloader, "sleep", waited.append)
-    monkeypatch.setattr(cache, "sleep", waited.append)
+    monkeypatch.setattr(hub, "sleep", waited.append)
     return waited

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -101,7 +106,8 @@ def test_a_shipped_file_tells_its_own_provenance(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "SHIPPED_FOLDER", tmp_path)
     assert registry_module._shipped() == ()
     told = {"training_data": "30 h of somebody", "licence": "CC0-1.0"}
-    path = save_native(untrained(channels=16, mfa_channels=24), tmp_path / "ecapa_dino_small.safetensors", told)
+    checkpoint = untrained(channels=16, mfa_channels=24)
+    path = save_native(checkpoint, tmp_path / "ecapa_dino_small.safetensors", told, role="teacher")
     (entry,) = registry_module._shipped()
     assert entry.shipped and entry.name == "ecapa_dino_small" and entry.self_supervised
     assert (entry.training_data, entry.licence) == ("30 h of somebody", "CC0-1.0")
@@ -174,12 +180,33 @@ def test_the_hubs_environment_is_respected(server, entry, tmp_path, monkeypatch)
     assert resolve(f"{server.url}/org/model/blob/main/model.pt") == path
 
 
-def test_resuming_through_a_redirect_to_a_host_with_another_etag(server, entry, quick):
+def test_a_dropped_connection_to_the_hub_is_survived(server, entry, quick):
     hosted = server.hub_file("org/model", "main", "model.pt", CONTENT)
     hosted.drop_after = [100_000]
     path = resolve(entry("hub", repo="org/model", revision="main"), endpoint=server.url)
     assert path.read_bytes() == CONTENT
-    assert server.log[-1][2] == "bytes=100000-"
+    assert server.count("GET", f"/cdn/{SHA256}") == 2
+
+
+def test_the_hubs_token_is_sent_to_the_hub_alone(server, entry, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    server.hub_file("org/model", "main", "model.pt", CONTENT)
+    resolve(entry("hub", repo="org/model", revision="main"), endpoint=server.url)
+    assert server.tokens == {"/org/model/resolve/main/model.pt": "Bearer hf_secret", f"/cdn/{SHA256}": None}
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "wants a log-in"), (403, "refuses access")])
+def test_a_private_repository(server, hosted, entry, quick, status, message):
+    server.files["/org/model/resolve/main/model.pt"] = hosted(CONTENT, status=[status] * 9)
+    with pytest.raises(DownloadError, match=f"HTTP {status} .*{message}.*By hand: get model.pt"):
+        resolve(entry("hub", repo="org/model", revision="main"), endpoint=server.url)
+    assert not quick
+
+
+def test_a_busy_hub_is_asked_again(server, hosted, entry, quick):
+    server.hub_file("org/model", "main", "model.pt", CONTENT).status = [503]
+    path = resolve(entry("hub", repo="org/model", revision="main"), endpoint=server.url)
+    assert path.read_bytes() == CONTENT
 
 
 def test_a_hub_file_that_is_not_the_published_one(server, entry):
@@ -190,10 +217,15 @@ def test_a_hub_file_that_is_not_the_published_one(server, entry):
     assert cached(made) is None
 
 
-def test_a_mirror_without_commits(server, hosted, entry):
+def test_a_mirror_without_commits(server, hosted, entry, monkeypatch):
     server.files["/org/model/resolve/main/model.pt"] = hosted(CONTENT)
-    path = resolve(entry("hub", repo="org/model", revision="main"), endpoint=server.url)
+    made = entry("hub", repo="org/model", revision="main")
+    path = resolve(made, endpoint=server.url)
     assert path.read_bytes() == CONTENT
+    # ... and afterwards without a network, and without the mirror's address
+    requests = len(server.log)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve(made) == path == cached(made) and len(server.log) == requests
 
 
 def test_refresh(server, hosted, entry):
@@ -230,19 +262,6 @@ def test_eight_processes_one_download(server):
 
 
 # --- other sources ---------------------------------------------------------------------------------------------------
-
-
-def test_the_examples_run():
-    """... and everything public has one."""
-    import doctest
-    import importlib
-
-    for name in ("", ".cache", ".cli", ".downloader", ".registry"):
-        module = importlib.import_module(f"s3prl_speaker_upstreams.weights{name}")
-        result = doctest.testmod(module)
-        assert result.attempted and not result.failed
-        public = [getattr(module, name) for name in module.__all__]
-        assert [thing for thing in public if callable(thing) and ">>>" not in thing.__doc__] == []
 
 
 def test_a_plain_url(server, hosted, tmp_path):
@@ -310,6 +329,89 @@ def test_a_zip_is_unpacked_safely(server, hosted, entry, tmp_path):
     assert not outside
     server.files["/x.zip"] = hosted(_zip({"model.pt": b"PK newer"}))
     assert (resolve(made, refresh=True) / "model.pt").read_bytes() == b"PK newer"
+
+
+def as_nobody(work):
+    """Type and text of what a function returns or raises to a user who owns nothing."""
+
+    def outcome():
+        try:
+            answer = work()
+        except Exception as error:
+            answer = error
+        return type(answer).__name__, str(answer)
+
+    if os.geteuid() != 0:
+        return outcome()
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.seteuid(65534)
+            os.write(sender, json.dumps(outcome()).encode())
+        finally:
+            os._exit(0)
+    os.close(sender)
+    with open(receiver, "rb") as pipe:
+        answer = json.loads(pipe.read())
+    os.waitpid(child, 0)
+    return tuple(answer)
+
+
+@pytest.fixture
+def foreign_cache(server, hosted, entry, monkeypatch):
+    """A cache with a downloaded zip that belongs to somebody else and may only be read."""
+    folder = Path(tempfile.mkdtemp(prefix="shared-cache-"))
+    folder.chmod(0o755)
+    monkeypatch.setenv("S3PRL_SPEAKER_CACHE", str(folder))
+    monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+    server.files["/x.zip"] = hosted(_zip({"m/model.pt": CONTENT, "m/config.yaml": b"model: ECAPA_TDNN_c512"}))
+    made = entry("zip", f"{server.url}/x.zip")
+    unpacked = resolve(made)
+    yield made, unpacked
+    for place in (folder, *folder.rglob("*")):
+        place.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_a_zip_in_somebody_elses_cache(foreign_cache, capsys):
+    import argparse
+
+    from huggingface_hub import hf_hub_download  # noqa: F401  whose modules the other user may not read
+
+    from s3prl_speaker_upstreams.weights import cli
+
+    made, unpacked = foreign_cache
+
+    def listed() -> str:
+        parser = argparse.ArgumentParser()
+        cli.add_parsers(parser.add_subparsers())
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            for words in (["list"], ["info", made.name]):
+                args = parser.parse_args(words)
+                args.func(args)
+        return printed.getvalue()
+
+    for place in (unpacked, unpacked.parent):
+        place.chmod(0o555)
+    assert as_nobody(lambda: cached(made)) == ("PosixPath", str(unpacked))
+    assert as_nobody(lambda: resolve(made)) == ("PosixPath", str(unpacked))
+    assert re.search(r"^test_entry .*yes$", as_nobody(listed)[1], re.MULTILINE)
+    # not unpacked yet: it cannot be there, and that is said
+    unpacked.parent.chmod(0o755)
+    shutil.rmtree(unpacked)
+    for lock in unpacked.parent.glob("*.lock"):
+        lock.unlink()
+    unpacked.parent.chmod(0o555)
+    kind, message = as_nobody(lambda: resolve(made))
+    assert kind == "DownloadError" and "may not be unpacked beside itself" in message and "-k PATH" in message
+    out = as_nobody(listed)[1]
+    assert re.search(r"^test_entry .*unusable$", out, re.MULTILINE) and "DownloadError" in out
+    # a folder that may not even be looked into
+    unpacked.parent.chmod(0o700)
+    kind, message = as_nobody(lambda: cached(made))
+    assert kind == "DownloadError" and "S3PRL_SPEAKER_CACHE" in message and "Permission denied" in message
 
 
 def test_a_zip_without_the_file(server, hosted, entry):
