@@ -76,7 +76,8 @@ def recordings_digest(source: str | Sequence[str] | None) -> str | None:
 
 def make_augmenter(config: AugmentConfig) -> Augmenter | None:
     """The augmenter, or None where nothing is switched on."""
-    on = config.noise or config.rirs or config.band_limit_hz or config.equaliser_p or config.band_p or config.gain_p
+    on = config.noise or config.rirs or config.band_limit_hz or config.equaliser_p or config.band_p
+    on = on or config.gain_p or config.codec_p
     return Augmenter(config, sample_rate=SAMPLE_RATE) if on else None
 
 
@@ -91,6 +92,18 @@ def _log_mels(config: PretrainConfig) -> Callable[[list[np.ndarray]], list[np.nd
         return [x.numpy() for x in ragged.split()]
 
     return features
+
+
+def make_positives(config: PretrainConfig, manifest: Any) -> Any:
+    """Where positives come from other recordings: the selection that ``data.positives`` names; else None."""
+    from .. import data as pipeline
+
+    kind = config.data.positives
+    if kind == "same_utterance":
+        return None
+    if kind == "clusters":
+        return pipeline.ClusterPositives(manifest, config.data.cluster_nearest, config.run.seed)
+    return pipeline.SpeakerPositives(manifest, kind, config.run.seed)
 
 
 def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
@@ -118,6 +131,7 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
             seed=run.seed,
             sample_rate=SAMPLE_RATE,
             cache_mb=data.cache_mb,
+            trim_db=data.trim_db,
         )
         kinds = data.speed_classes or len(data.speeds)
         if kinds < len(data.speeds):
@@ -132,6 +146,8 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
             "augment": augmenter,
             "seed": run.seed,
             "sample_rate": SAMPLE_RATE,
+            "trim_db": data.trim_db,
+            "positives": make_positives(config, manifest),
         }
         if data.feature_versions:
             dataset = pipeline.CachedFeatureDataset(
@@ -143,10 +159,14 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
             )
             dataset.preload(progress=is_main())
         else:
-            dataset = pipeline.MultiCropDataset(manifest, cache_mb=data.cache_mb, **crops)
-    sampler = pipeline.BatchSampler(
-        len(manifest), run.batch * world_size(), seed=run.seed, rank=rank(), world_size=world_size()
-    )
+            dataset = pipeline.MultiCropDataset(
+                manifest, cache_mb=data.cache_mb, speeds=tuple(data.view_speeds), **crops
+            )
+    share: dict[str, Any] = {"seed": run.seed, "rank": rank(), "world_size": world_size()}
+    if data.balance_speakers:
+        sampler = pipeline.BalancedBatchSampler(manifest.labels, run.batch * world_size(), **share)
+    else:
+        sampler = pipeline.BatchSampler(len(manifest), run.batch * world_size(), **share)
     pin = run.device != "cpu" and torch.cuda.is_available()
     loader = pipeline.Loader(dataset, sampler, workers=data.workers, prefetch=data.prefetch, pin_memory=pin)
     return loader, sampler.batches_per_epoch, speakers

@@ -81,6 +81,16 @@ class DataConfig:
     crops: Literal["auto", "single", "multi"] = "auto"
     speeds: tuple[float, ...] = (1.0, 0.9, 1.1)  # single crops: each speed but 1.0 makes new speakers of every speaker
     speed_classes: int | None = None  # classes of each speaker; None: one per speed
+    view_speeds: tuple[float, ...] = (1.0,)  # multi crops: every utterance is played at one of these, all crops alike
+    trim_db: float | None = None  # crops come from frames less than so many dB under the loudest (35, say)
+    balance_speakers: bool = False  # every speaker equally often
+    # multi crops: where every second global crop comes from, see data/positives.py. All but same_utterance and clusters
+    # need speakers (an oracle). clusters: SSPS, arXiv 2505.14561
+    positives: Literal["same_utterance", "same_speaker", "other_session", "same_session", "clusters"] = "same_utterance"
+    clusters: int = 0  # how many; fewer than recordings, more than speakers
+    cluster_nearest: int = 0  # 0: positives from the own cluster; else from one of so many nearest ones
+    cluster_start: str = "80%"  # until then positives come from the same recording
+    cluster_every: str = "1 epoch"  # new clusters
     workers: int = 0
     prefetch: int = 4
     cache_mb: int = 0
@@ -284,6 +294,13 @@ class PretrainConfig:
                 )
             if not self.multi_crop:
                 raise ConfigError(f"data.crops=single: {self.method} compares several crops; use auto or multi")
+        if self.data.positives != "same_utterance" and (not self.multi_crop or self.method == "supervised"):
+            raise ConfigError(
+                f"data.positives={self.data.positives} is for self-supervised training on several crops, not for "
+                f"method={self.method}, data.crops={self.data.crops}"
+            )
+        if self.data.feature_versions and len(self.data.view_speeds) > 1:
+            raise ConfigError("data.view_speeds: cached features (data.feature_versions) have one speed")
         if self.run.keep_last < 1:
             raise ConfigError("run.keep_last must be at least 1: a run that is stopped could not go on")
         for name, value in (
@@ -307,6 +324,8 @@ class PretrainConfig:
             ("aam.margin_start", self.aam.margin_start),
             ("aam.margin_end", self.aam.margin_end),
             ("optim.warmup", self.optim.warmup),
+            ("data.cluster_start", self.data.cluster_start),
+            ("data.cluster_every", self.data.cluster_every),
             ("eval.every", self.eval.every),
             ("run.save_every", self.run.save_every),
         ):

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..data.augment import AugmentConfig
+from ..data.masking import mask_features
 from ..ecapa import Ecapa, EcapaConfig, Frontend, FrontendConfig, Ragged, SpeakerEncoder
 from ..ecapa.config import DIALECTS
 from ..errors import ConfigError
@@ -83,9 +85,16 @@ class CropFeatures(nn.Module):
     were computed before normalisation, are normalised as the front-end would.
     """
 
-    def __init__(self, config: FrontendConfig, speakers: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: FrontendConfig,
+        speakers: Tensor | None = None,
+        masks: AugmentConfig | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        self.config, self.frontend, self.speakers = config, Frontend(config), speakers
+        self.config, self.frontend, self.speakers, self.seed = config, Frontend(config), speakers, seed
+        self.masks = masks if masks is not None and masks.mask_p > 0 else None
 
     @torch.no_grad()
     def forward(self, crops: Tensor) -> Tensor:
@@ -104,14 +113,26 @@ class CropFeatures(nn.Module):
         """A batch of the loader (several crops of each utterance, or one with its class) on ``device``."""
         labels = getattr(batch, "labels", None)
         if labels is not None:
-            return Crops([self(batch.wavs.to(device, non_blocking=True))], (1, 0), labels.to(device))
+            features = self._masked(self(batch.wavs.to(device, non_blocking=True)), batch, "one")
+            return Crops([features], (1, 0), labels.to(device))
         groups = [torch.cat(list(batch.global_crops))]
         if len(batch.local_crops):
             groups.append(torch.cat(list(batch.local_crops)))
         if self.speakers is not None:
             labels = self.speakers[batch.indices].to(device)
-        features = [self(g.to(device, non_blocking=True)) for g in groups]
-        return Crops(features, (len(batch.global_crops), len(batch.local_crops)), labels)
+        several = [self(g.to(device, non_blocking=True)) for g in groups]
+        several = [self._masked(x, batch, kind) for x, kind in zip(several, ("global", "local"), strict=False)]
+        return Crops(several, (len(batch.global_crops), len(batch.local_crops)), labels)
+
+    def _masked(self, features: Tensor, batch: Any, kind: str) -> Tensor:
+        """SpecAugment, if it is on, each crop by itself."""
+        if self.masks is None:
+            return features
+        parts = features.split(len(batch.ids))
+        known: dict[str, Any] = {"ids": batch.ids, "epoch": batch.epoch, "seed": self.seed}
+        return torch.cat(
+            [mask_features(x, self.masks, purpose=f"{kind} {number}", **known) for number, x in enumerate(parts)]
+        )
 
 
 class CropEncoder(nn.Module):

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,10 @@ from ..errors import Busy, CheckpointUnreadable, ConfigError, SpeakerUpstreamErr
 from .checkpointing import FORMAT, CheckpointStore, load_rng, rng_state
 from .collapse import Collapse, CollapseMonitor
 from .config import PretrainConfig, flat
-from .objective import CropFeatures, build_objective, model_configs, parameter_groups, speaker_encoder
+from .objective import CropEncoder, CropFeatures, build_objective, model_configs, parameter_groups, speaker_encoder
 from .ranks import is_main, rank, synchronise_norms, world_size
 from .schedules import duration_steps, half_cosine, learning_rate
+from .selection import ClusterSelection
 from .start import Start, begin_from
 
 __all__ = ["NonFinite", "Trainer", "WorkerDied", "clip_gradients", "pick_device", "start_distributed"]
@@ -172,7 +174,13 @@ class Trainer:
         self.objective = build_objective(config, classes)
         self.objective.plan(self._steps, self.total)
         self.frontend = model_configs(config.model)[1]
-        self.features = CropFeatures(self.frontend, speakers)
+        self.features = CropFeatures(self.frontend, speakers, config.data.augment, run.seed)
+        self.selection = (
+            ClusterSelection(loader, config.data, self._steps, run.seed)
+            if config.data.positives == "clusters"
+            else None
+        )
+        self._pairs: Counter[str] = Counter()  # of the loader, when they were last logged
         self.start = start
         self.store = CheckpointStore(self.out / "checkpoints", run.keep_last)
         self.step = 0
@@ -295,6 +303,10 @@ class Trainer:
             self._evaluate()
         with bar:
             while self.step < end:
+                if self.selection is not None and self.selection.due(self.step):
+                    ecapa = next(iter(self.objective.networks().values()))
+                    network = CropEncoder(ecapa, run.precision).to(self.device)
+                    self.selection.refresh(self.step, network, self.features, self.device)
                 schedule = self._set_schedules(self.step + self.shift)
                 own_loss, ids = self._accumulated_backward(model, batches)
                 grad_norm = self._gradient_norm(own_loss, ids)
@@ -304,7 +316,7 @@ class Trainer:
                 interval_steps += 1
                 bar.update()
                 if self.step % run.log_every == 0 or self.step == self.last_step:
-                    metrics = self._average(self.objective.metrics())
+                    metrics = self._average({**self.objective.metrics(), **self._positives()})
                     now = time.perf_counter()
                     waiting = (self.loader.waited_seconds - waited) / (now - interval)
                     last = {
@@ -337,6 +349,15 @@ class Trainer:
                     )  # fmt: skip
                     break
         return last
+
+    def _positives(self) -> dict[str, float]:
+        """Of this process's positive pairs since the last log, the shares from one recording, session and speaker."""
+        counts = getattr(self.loader, "positives", None)
+        if not counts:
+            return {}
+        new = {key: counts[key] - self._pairs[key] for key in counts}
+        self._pairs = Counter(counts)
+        return {f"positives_{key}": new[key] / max(new["pairs"], 1) for key in new if key != "pairs"}
 
     def _kept(self) -> str:
         return "checkpoint written" if self.saved else f"newest checkpoint: step {self._saved}"
