@@ -163,6 +163,7 @@ def make_loader(config: PretrainConfig, manifest: Any) -> tuple[Any, int, int]:
                 manifest, cache_mb=data.cache_mb, speeds=tuple(data.view_speeds), **crops
             )
     share: dict[str, Any] = {"seed": run.seed, "rank": rank(), "world_size": world_size()}
+    sampler: pipeline.BatchSampler
     if data.balance_speakers:
         sampler = pipeline.BalancedBatchSampler(manifest.labels, run.batch * world_size(), **share)
     else:

@@ -1,14 +1,15 @@
 """Positives from clusters while training: embed all recordings from time to time, cluster, hand over to the loader.
 
-The embedding is that of one crop of every recording by the network that is exported (DINO's teacher), in inference mode:
-it depends on seed and step alone, so that a resumed run finds the clusters of the uninterrupted one, and costs one
-forward pass over as many crops as there are recordings.
+The embedding is that of one crop of every recording by the network that is exported (DINO's teacher), in inference
+mode: it depends on seed and step alone, so that a resumed run finds the clusters of the uninterrupted one, and costs
+one forward pass over as many crops as there are recordings.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -66,8 +67,8 @@ class ClusterSelection:
             raise ConfigError("data.positives=clusters: the loader was made without")
         if not 1 < data.clusters <= len(loader.dataset):
             raise ConfigError(
-                f"data.clusters: got {data.clusters}, expected 2 to {len(loader.dataset)} (the recordings); SSPS's DINO "
-                "configuration takes 6000 for VoxCeleb2's 1.1 million"
+                f"data.clusters: got {data.clusters}, expected 2 to {len(loader.dataset)} (the recordings); SSPS's "
+                "published DINO configuration takes 6000 for VoxCeleb2's 1.1 million"
             )
         self.loader, self.positives, self.clusters, self.seed = loader, positives, data.clusters, seed
         self.start, self.every = steps(data.cluster_start), max(steps(data.cluster_every), 1)
@@ -106,7 +107,7 @@ class ClusterSelection:
         crops = self._crops(step, mine)
         network = copy.deepcopy(network).eval()
         table: Tensor | None = None
-        place, batches = 0, -(-(-(-count // ranks.size)) // _BATCH)  # the same number in every process
+        place, batches = 0, math.ceil(math.ceil(count / ranks.size) / _BATCH)  # as many in every process
         rows: list[Tensor] = []
         for number in range(batches):
             crop = next(crops, None)
