@@ -23,7 +23,9 @@ font-size:12px;max-height:40em}
 
 def _svg(figure) -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        text, format="svg", bbox_inches="tight", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 

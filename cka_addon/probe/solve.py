@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 PROBES = ("linear", "mlp")
 SOLVERS = ("auto", "exact", "stream")
-EXACT_UP_TO = 60_000  # examples that are solved to convergence by themselves; more are streamed
+EXACT_UP_TO = 30_000  # examples that are solved to convergence by themselves; more are streamed
 COPIES = 4  # of one layer's examples that a fit in memory holds
 INNER = 5  # one training group in five chooses the hyperparameters
 PORTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)  # Voita and Titov, 2020
@@ -30,7 +30,7 @@ class Settings:
     """How probes are fitted and held against each other; all of it is stored with the result.
 
     probes : "linear" and / or "mlp";  folds : 2 or more, or 1 to hold a quarter of the groups out
-    solver : "exact" (in memory, to convergence), "stream" (any number of examples) or "auto" (exact up to 60,000
+    solver : "exact" (in memory, to convergence), "stream" (any number of examples) or "auto" (exact up to 30,000
         examples that fit `memory`, bytes);  control, mdl : whether to fit the control task and the online code
     ignore : values that are no label (silence);  min_count : classes with fewer examples are left out and counted
     """

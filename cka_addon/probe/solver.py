@@ -30,6 +30,9 @@ RATE = 0.02  # of the Newton step, per batch of 1,024: larger steps need more av
 STEPS = 240  # a stream of fewer steps than this is read again
 DAMPING = 0.3  # of the classes' curvature, relative to its mean: rare classes are known badly
 CHUNK = 8192  # examples per product
+TIGHT = 1e-6  # relative gain of a step at which a fit ends: accuracy stands still long before
+MOST = 300  # steps of a fit
+LOOSE = 2e-5  # the same, while strengths are only compared
 
 
 @dataclass
@@ -117,16 +120,21 @@ def _class_curvature(p: Tensor) -> Tensor:
 
 @dataclass
 class _Precondition:
-    """W = left V right': the coordinates V in which the softmax problem is nearly round."""
+    """W = left V right': the coordinates V in which the softmax problem is nearly round.
+
+    With the Cholesky factors L L' of the features' and M M' of the classes' matrix, left is L'^-1 and right is M'^-1.
+    """
 
     left: Tensor
     right: Tensor
+    left_back: Tensor
+    right_back: Tensor
 
     @classmethod
     def of(cls, cov: Tensor, curvature: Tensor, damping: float) -> _Precondition:
-        left = torch.linalg.cholesky(_inverse(cov, damping).double()).float()
-        right = torch.linalg.cholesky(_inverse(curvature, 0.0).double()).float()
-        return cls(left, right)
+        left_back, left = _factor(cov, damping)
+        right_back, right = _factor(curvature, 0.0)
+        return cls(left, right, left_back, right_back)
 
     def to_weight(self, v: Tensor) -> Tensor:
         return self.left @ v @ self.right.T
@@ -135,8 +143,14 @@ class _Precondition:
         return self.left.T @ g @ self.right
 
     def from_weight(self, w: Tensor) -> Tensor:
-        inner = torch.linalg.solve_triangular(self.left, w, upper=False)
-        return torch.linalg.solve_triangular(self.right, inner.T, upper=False).T
+        return self.left_back @ w @ self.right_back.T
+
+
+def _factor(matrix: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(L', L'^-1) of matrix + damping: in float64, float32 loses definiteness where features repeat each other."""
+    eye = torch.eye(len(matrix), dtype=torch.float64)
+    back = torch.linalg.cholesky(matrix.double() + damping * eye).T
+    return back.float().contiguous(), torch.linalg.solve_triangular(back, eye, upper=True).float().contiguous()
 
 
 def _log_priors(y: Tensor, classes: int) -> Tensor:
@@ -146,7 +160,14 @@ def _log_priors(y: Tensor, classes: int) -> Tensor:
 
 
 def _minimise(
-    z: Tensor, y: Tensor, classes: int, strength: float, weight: Tensor, bias: Tensor, pre: _Precondition, steps: int
+    z: Tensor,
+    y: Tensor,
+    classes: int,
+    strength: float,
+    weight: Tensor,
+    bias: Tensor,
+    pre: _Precondition,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor]:
     """L-BFGS (scipy) from (weight, bias) on standardised examples."""
     from scipy.optimize import minimize
@@ -174,14 +195,8 @@ def _minimise(
         g = torch.cat([pre.to_gradient(gw / n + strength * w).reshape(-1), gb / n @ pre.right])
         return value, g.double().numpy()
 
-    begin = torch.cat(
-        [
-            pre.from_weight(weight).reshape(-1),
-            torch.linalg.solve_triangular(pre.right, bias[:, None], upper=False)[:, 0],
-        ]
-    )
-    # 1e-7 of the loss is what float32 sums resolve; accuracy stands still long before.
-    options = {"maxiter": steps, "ftol": 1e-7, "gtol": 1e-6}
+    begin = torch.cat([pre.from_weight(weight).reshape(-1), pre.right_back @ bias])
+    options = {"maxiter": MOST, "ftol": tolerance, "gtol": 1e-6}
     found = minimize(objective, begin.double().numpy(), jac=True, method="L-BFGS-B", options=options)
     return split(found.x)
 
@@ -199,7 +214,6 @@ def fit_softmax(
     *,
     inner: np.ndarray | None = None,
     strengths: Sequence[float] = STRENGTHS,
-    steps: int = 300,
 ) -> Softmax:
     """Softmax regression on examples in memory, to convergence.
 
@@ -222,19 +236,19 @@ def fit_softmax(
     if inner is not None:
         mask = torch.from_numpy(inner)
         keep = ~mask
-        for strength, probe in _path(x[keep], y[keep], classes, strengths, steps):
+        for strength, probe in _path(x[keep], y[keep], classes, strengths, LOOSE):
             tried[strength] = log_loss(probe.scores(x[mask]), y[mask])
             if tried[strength] < min((v for k, v in tried.items() if k != strength), default=np.inf):
                 best = strength
             elif tried[strength] > 1.02 * tried[best]:
                 break  # weaker penalties only fit the training part more
-    *_, (_, probe) = _path(x, y, classes, [s for s in strengths if s > best][-1:] + [best], steps)
+    *_, (_, probe) = _path(x, y, classes, [s for s in strengths if s > best][-1:] + [best], TIGHT)
     probe.tried = tried
     return probe
 
 
 def _path(
-    x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], steps: int
+    x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], tolerance: float
 ) -> Iterator[tuple[float, Softmax]]:
     """Probes for penalties from strong to weak, each begun where the one before ended."""
     if not len(x):
@@ -250,7 +264,7 @@ def _path(
         # A penalty adds to the curvature of every direction: at most 1 / 4 of a class's own is the features'.
         damping = max(4 * strength, 1e-4)
         pre = _Precondition.of(cov, curvature, damping)
-        weight, bias = _minimise(z, y, classes, strength, weight, bias, pre, steps)
+        weight, bias = _minimise(z, y, classes, strength, weight, bias, pre, tolerance)
         sample = z[:: max(1, len(z) // 8192)]
         curvature = _class_curvature(torch.softmax(torch.addmm(bias, sample, weight), 1))
         raw, shift = scale.unscale(weight, bias)
@@ -308,7 +322,7 @@ class StreamSoftmax:
         z = self.scale.apply(x)
         cov = covariance(z)
         # A start from so few examples wants a strong penalty; its curvature is what the steps are scaled by.
-        ((_, probe),) = _path(x, y, self.classes, [0.01], 60)
+        ((_, probe),) = _path(x, y, self.classes, [0.01], LOOSE)
         weight = probe.weight * self.scale.std[:, None]
         bias = probe.bias + self.scale.mean @ probe.weight
         p = torch.softmax(torch.addmm(bias, z, weight), 1)
