@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -480,7 +481,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     _add_options(commands.add_parser("corpus", help="write a small corpus in the layout of one SUPERB task", **_HELP))
 
 
-_HELP = {
+_HELP: dict[str, Any] = {
     "description": "Write a small corpus in the on-disk layout of one SUPERB task.",
     "epilog": "layout of --speech: digits/<speaker>/*.flac (SID, ASV), keywords/<word>/*.flac (KS), "
     "commands/*.flac + labels.json (IC, SF)",

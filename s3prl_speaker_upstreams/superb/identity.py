@@ -44,7 +44,7 @@ def content(value: str | None) -> str | None:
         return None
     path = Path(value)
     if path.is_file():
-        return f"sha256:{file_sha256(path)}"
+        return f"sha256:{file_sha256(path, path.name)}"
     if path.is_dir():
         files = {str(one.relative_to(path)): file_sha256(one) for one in sorted(path.rglob("*")) if one.is_file()}
         return f"sha256:{json_sha256(files)}"

@@ -99,7 +99,9 @@ def _enough_space(work: Work, config: dict[str, Any]) -> None:
     run = work.run
     if not run.task.trained:
         return
-    keep = int(config["runner"].get("max_keep", 1)) + 2  # states, best on dev, and the one being written
+    runner = config["runner"]
+    saved = int(runner["total_steps"]) // int(runner["save_step"])
+    keep = min(int(runner.get("max_keep", 1)), saved) + 2  # states, best on dev, and the one being written
     each = 5 if run.smoke else run.task.checkpoint_mb
     need = keep * each * 2**20 * len(work.own_experiments())
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -31,11 +31,15 @@ _FULL = re.compile(
 # what libraries say of values that are no numbers (scikit-learn, PESQ, torch, s3prl's own assertions)
 _NOT_FINITE = re.compile(r"\b(?:[Nn]a[Nn]s?|NAN|nan|inf|infinity|Infinity|non-?finite|not finite)\b")
 
+_OF_VALUES = ("ValueError", "RuntimeError", "AssertionError", "FloatingPointError", "ZeroDivisionError")
+
 
 def no_finite_number(error: BaseException) -> bool:
     """Whether the runner failed over values that are no numbers, as a diverged training does."""
     last = str(error).rstrip().rsplit("\n", 1)[-1]  # the exception's own line, not the traceback's code
-    return isinstance(error, RunFailed) and bool(_NOT_FINITE.search(last))
+    kind, _, message = last.partition(":")
+    of_values = kind.rsplit(".", 1)[-1] in _OF_VALUES  # not OSError and its like, whose paths may hold anything
+    return isinstance(error, RunFailed) and of_values and bool(_NOT_FINITE.search(message))
 
 
 def _die_with_parent() -> None:

@@ -74,7 +74,7 @@ class Work:
         if self._facts is None:
             record = self.record("check")
             known = record.get("inputs") == json_sha256(self.static)
-            self._facts = record["upstream"] if known and not self.run.force else self.probe()
+            self._facts = record["upstream"] if known else self.probe()
         return self._facts
 
     def layers(self) -> int:
@@ -94,7 +94,9 @@ class Work:
         self.needs(self.run.prepared / ".whole", "prepare")
         upstream.check_device(self.run.device, self.run.nproc)
         if not self._probed:
-            self.probe()
+            checked = self.record("check").get("upstream", {})
+            if checked and checked.get("state") != self.probe().get("state"):
+                self.marker("check").unlink(missing_ok=True)  # it was of other weights
         self.claim()
         self._begun = True
 
@@ -127,7 +129,7 @@ class Work:
         found = False
         for lr, fold, expdir in [] if self.anew else self.experiments():
             if not (expdir / "identity.json").is_file():
-                found |= bool(self.same_training(expdir, lr, fold, configuration.effective(self.run, lr, fold)))
+                found |= bool(self.same_training(lr, fold, expdir))
         return found
 
     def compare_early(self) -> None:
@@ -163,7 +165,10 @@ class Work:
         record = self.record(stage)
         if self.run.force or not record:
             return False
-        if record.get("inputs") != inputs:
+        if "inputs" not in record:
+            logger.info("%s: was recorded by an earlier version, without what it was made from; looked at again", stage)
+            return False
+        if record["inputs"] != inputs:
             logger.info("%s: its inputs are no longer those it was made from; again", stage)
             return False
         logger.info("%s: done already (%s); --force repeats it", stage, self.marker(stage))
@@ -197,7 +202,7 @@ class Work:
             return kept["value"]
         self.begin()
         value = plain(compute())
-        write_json(file, {"key": digest, "value": value})
+        write_json(file, {"key": json_sha256([self.chained(), key]), "value": value})
         self._computed.add(file)
         return value
 
@@ -242,7 +247,7 @@ class Work:
         """Identity of one training, without its number of updates."""
         return {**self.identity(), "lr": lr, "fold": fold}
 
-    def same_training(self, expdir: Path, lr: float, fold: str | None, config: dict[str, Any]) -> list[Saved]:
+    def same_training(self, lr: float, fold: str | None, expdir: Path) -> list[Saved]:
         """The checkpoints of an experiment folder, after their origin was compared with this run.
 
         Compares our record of the training, and s3prl's own in each checkpoint (its Args and Config). A folder of an
@@ -250,6 +255,7 @@ class Work:
 
         Raises IdentityMismatch.
         """
+        config = configuration.effective(self.run, lr, fold)
         record = expdir / "identity.json"
         found: list[tuple[str, Any, Any]] = []
         if record.is_file():
@@ -302,7 +308,7 @@ class Work:
             for lr, fold, expdir in self.experiments():
                 if lr != rate or rate in out:
                     continue
-                whole = saved.checkpoints(expdir)
+                whole = self.same_training(lr, fold, expdir)
                 best = [one for one in whole if one.path.name == task.best]
                 if not best and whole:
                     # s3prl marks one only where dev got better than its start value, for example accuracy above 0
@@ -387,6 +393,7 @@ class Work:
         if fresh:
             log.unlink(missing_ok=True)
         one = saved.summary(checkpoint, content)
+        self._own(one)
         arguments = ["-m", "evaluate", "-t", split, "-e", str(checkpoint), "--device", self.run.device]
         arguments += self._again(checkpoint.parent, one, self.run.seed)
         try:
@@ -395,6 +402,16 @@ class Work:
             if finite and stock.no_finite_number(error):
                 return None
             raise
+
+    def _own(self, one: Saved) -> None:
+        """Refuse to evaluate a checkpoint that, by its own record, is not of this run."""
+        for lr, fold, expdir in self.experiments():
+            if expdir == one.path.parent:
+                config = configuration.effective(self.run, lr, fold)
+                seeds = [self.run.seed, *(resume["seed"] for resume in self.resumes(expdir))]
+                found = identity.saved_differences(self.run, one, config, seeds, places_known=True)
+                if found:
+                    raise identity.refuse(one.path, found, self.run)
 
     def evaluate_layer(self, expdir: Path, split: str, layer: int | None) -> None:
         """Evaluate without training (QbE): one layer, or the only one."""
@@ -415,15 +432,14 @@ class Work:
         run, stage = self.run, self.stage_of(expdir)
         config = configuration.effective(run, lr, fold)
         total = int(config["runner"]["total_steps"])
-        inputs = self.train_inputs(lr, fold)
-        if self.is_done(stage, inputs):
+        if self.is_done(stage, self.train_inputs(lr, fold)):
             return
         self.begin()
         self.marker(stage).unlink(missing_ok=True)
         if self.anew and expdir.exists():
             shutil.rmtree(expdir)
             self.forget()
-        whole = self.same_training(expdir, lr, fold, config)
+        whole = self.same_training(lr, fold, expdir)
         latest = whole[-1] if whole else None
         _not_beyond(expdir, latest, total, config, run)
         expdir.mkdir(parents=True, exist_ok=True)
@@ -432,7 +448,8 @@ class Work:
             write_json(expdir / "identity.json", made)
         if latest is None or latest.step < total:
             self.train(expdir, latest, config)
-        self.mark(stage, inputs, lr=lr, fold=fold, updates=total, resumes=self.resumes(expdir))
+        found = {"lr": lr, "fold": fold, "updates": total, "resumes": self.resumes(expdir)}
+        self.mark(stage, self.train_inputs(lr, fold), **found)
 
 
 def _unfit(one: Saved) -> str:

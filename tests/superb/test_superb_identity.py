@@ -235,9 +235,22 @@ def test_a_checkpoint_of_another_run_put_into_the_folder_is_refused(make, fake_r
     stages.run_stages(other, ["check", "prepare", "train"])
     for file in (other.folder / "lr1e-04").glob("*.ckpt"):
         shutil.copy(file, run.folder / "lr1e-04")
+    with pytest.raises(IdentityMismatch, match="upstream_feature_selection"):  # though training is recorded as done
+        stages.run_stages(run)
     (run.folder / ".done" / "train-lr1e-04.json").unlink()
     with pytest.raises(IdentityMismatch, match="upstream_feature_selection"):
         stages.run_stages(run)
+
+
+def test_a_foreign_checkpoint_put_in_after_choosing_is_not_evaluated(make, fake_runner):
+    fake = fake_runner()
+    run, other = make("KS"), make("KS", tag="other", normalize=True)
+    for one in (run, other):
+        stages.run_stages(one, ["check", "prepare", "train", "choose"])
+    shutil.copy(other.folder / "lr1e-04" / "dev-best.ckpt", run.folder / "lr1e-04")
+    with pytest.raises(IdentityMismatch, match="upstream_feature_normalize true, this run has false"):
+        stages.run_stages(run)
+    assert not [call for call in fake.calls if call[1] == "evaluate"]
 
 
 def _as_round_one(run: Run) -> None:
@@ -418,7 +431,7 @@ def test_a_sweep_that_fails_for_another_reason_finishes_the_rest_and_says_so(mak
 
     def train(run, arguments, option):
         if "lr1e-01" in option.get("-p", ""):
-            raise RunFailed("Last lines of train.log:\nOSError: the network is down")
+            raise RunFailed("Last lines of train.log:\nOSError: the network is down, no /data/nan.wav")
         return original(run, arguments, option)
 
     monkeypatch.setattr(fake, "_train", train)

@@ -11,7 +11,7 @@ from s3prl_speaker_upstreams.common.digests import file_sha256
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.superb.errors import CorpusError, RunFailed
 from s3prl_speaker_upstreams.superb.layouts import Layout, first_file, shipped, text, voxceleb
-from s3prl_speaker_upstreams.superb.saved import Saved, checkpoints
+from s3prl_speaker_upstreams.superb.saved import Saved
 from s3prl_speaker_upstreams.superb.task import LIBROSA, STEPS, TENSORBOARD, Metric, Package, Score, Task, printed
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class _SpeakerVerification(Task):
         for lr, fold, expdir in work.experiments():
             if expdir in {Path(one["experiment"]) for one in excluded}:
                 continue
-            saved = [one for one in checkpoints(expdir) if one.path.name.startswith("states-")]
+            saved = [one for one in work.same_training(lr, fold, expdir) if one.path.name.startswith("states-")]
             for one in [found for found in saved if found.step % _EVERY == 0] or saved:
                 value = self._tested(work, one, expdir)
                 if value is None or not math.isfinite(value):
