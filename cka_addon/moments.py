@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,8 @@ class Moments:
         d = np.asarray(dims, dtype=np.int64)
         return int(8 * ((np.outer(d, d) * np.triu(pairs.mask())).sum() + 2 * d.sum() * len(d)))
 
-    def _cut(self, layer: int) -> slice:
+    def cut(self, layer: int) -> slice:
+        """Columns of one layer among those of all layers."""
         return slice(self.offsets[layer], self.offsets[layer + 1])
 
     def update(self, layers: Sequence[Tensor], *, order: Tensor | None = None) -> None:
@@ -93,22 +94,22 @@ class Moments:
         shift = self.shift.to(self.dtype)
         z = torch.empty(n, self.offsets[-1], dtype=self.dtype, device=self.device)
         for i, x in enumerate(layers):
-            torch.sub(x.to(self.device, self.dtype), shift[self._cut(i)], out=z[:, self._cut(i)])
+            torch.sub(x.to(self.device, self.dtype), shift[self.cut(i)], out=z[:, self.cut(i)])
         k = torch.empty(n, len(layers), dtype=torch.float64, device=self.device)
         for i in range(len(layers)):
-            part = z[:, self._cut(i)].double()
+            part = z[:, self.cut(i)].double()
             k[:, i] = part.square().sum(1)
-            self.s[self._cut(i)] += part.sum(0)
+            self.s[self.cut(i)] += part.sum(0)
         other, k_other = (z, k) if order is None else (z[order], k[order])
         for i in range(len(layers)):
-            part = z[:, self._cut(i)].double()
-            self.left[self._cut(i)] += part.T @ k_other
+            part = z[:, self.cut(i)].double()
+            self.left[self.cut(i)] += part.T @ k_other
             if not self.paired:
-                self.right[self._cut(i)] += other[:, self._cut(i)].double().T @ k
+                self.right[self.cut(i)] += other[:, self.cut(i)].double().T @ k
         self.T += k.T @ k_other
         self.t += k.sum(0)
         for i, spans in enumerate(self.rows):
-            mine = z[:, self._cut(i)].T
+            mine = z[:, self.cut(i)].T
             for row in spans:
                 row.product += mine @ other[:, self.offsets[row.first] : self.offsets[row.last]]
         self.n += n
@@ -122,8 +123,8 @@ class Moments:
         if not bool(delta.any()):
             return
         n, count = self.n, len(self.dims)
-        d = [delta[self._cut(i)] for i in range(count)]
-        s = [self.s[self._cut(i)] for i in range(count)]
+        d = [delta[self.cut(i)] for i in range(count)]
+        s = [self.s[self.cut(i)] for i in range(count)]
         dd = torch.stack([x @ x for x in d])
         ds = torch.stack([a @ b for a, b in zip(d, s, strict=True)])
         old_left, old_right = self.left, self.right
@@ -144,17 +145,17 @@ class Moments:
                         if p == q and not right and self.paired:
                             continue
                         # sum x'' l'' = sum x l - 2 S e + |e|^2 s_x - d (sum l - 2 e's_y + n |e|^2)
-                        left[self._cut(p), q] = (
-                            mine[self._cut(p), q]
+                        left[self.cut(p), q] = (
+                            mine[self.cut(p), q]
                             - 2 * product
                             + dd[q] * s[p]
                             - d[p] * (self.t[q] - 2 * ds[q] + n * dd[q])
                         )
                     value = (
                         self.T[i, j]
-                        - 2 * (d[j] @ old_right[self._cut(j), i])
+                        - 2 * (d[j] @ old_right[self.cut(j), i])
                         + dd[j] * self.t[i]
-                        - 2 * (d[i] @ old_left[self._cut(i), j])
+                        - 2 * (d[i] @ old_left[self.cut(i), j])
                         + 4 * (d[i] @ Sd)
                         - 2 * dd[j] * ds[i]
                         + dd[i] * self.t[j]
@@ -210,10 +211,25 @@ class Moments:
     def spread(self) -> tuple[np.ndarray, np.ndarray]:
         """Variance and squared norm of the mean of every layer, as `spread` gives them for features."""
         mean = self.s / self.n
-        between = torch.stack([mean[self._cut(i)].square().sum() for i in range(len(self.dims))])
+        between = torch.stack([mean[self.cut(i)].square().sum() for i in range(len(self.dims))])
         whole = mean + (self.shift if self.shift is not None else 0)
-        mean_sq = torch.stack([whole[self._cut(i)].square().sum() for i in range(len(self.dims))])
+        mean_sq = torch.stack([whole[self.cut(i)].square().sum() for i in range(len(self.dims))])
         return (self.t / self.n - between).clamp_min(0).cpu().numpy(), mean_sq.cpu().numpy()
+
+    def cross_covariances(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """(i, first, last + 1, C) for every range of layers that layer i is paired with.
+
+        C : (d_i, widths of the range) float64, covariances of its features with those of layer i (divided by n)
+        """
+        for i, spans in enumerate(self.rows):
+            for row in spans:
+                lo, hi = self.offsets[row.first], self.offsets[row.last]
+                yield (
+                    i,
+                    row.first,
+                    row.last,
+                    (row.product - torch.outer(self.s[self.cut(i)], self.s[lo:hi]) / self.n) / self.n,
+                )
 
     def hsic(self, biased: bool = False) -> np.ndarray:
         """HSIC matrix (layers, layers) float64 of everything accumulated so far, valid for the wanted pairs."""
@@ -223,7 +239,7 @@ class Moments:
                 f"got {n} examples; the {'biased' if biased else 'unbiased'} estimator needs at least "
                 f"{MIN_EXAMPLES[biased]}: use more audio"
             )
-        s = [self.s[self._cut(i)] for i in range(count)]
+        s = [self.s[self.cut(i)] for i in range(count)]
         T = self.T.cpu().numpy()
         t = self.t.cpu().numpy()
         total = np.array([float(x @ x) for x in s]) - t
@@ -240,9 +256,7 @@ class Moments:
                     else:
                         trace = float(S.square().sum()) - T[i, j]
                         cross = float(
-                            weighted[cols] @ s[j]
-                            - s[i] @ self.left[self._cut(i), j]
-                            - s[j] @ self.right[self._cut(j), i]
+                            weighted[cols] @ s[j] - s[i] @ self.left[self.cut(i), j] - s[j] @ self.right[self.cut(j), i]
                         )
                         h[i, j] = unbiased_from_terms(trace, total[i], total[j], cross + T[i, j], n)
                     h[j, i] = h[i, j]

@@ -93,8 +93,27 @@ class Options:
     align: Literal["nearest", "pool"] = option(
         "nearest", "models of different frame rate: take the nearest frame, or the mean around it"
     )
-    blocks: int = option(20, "groups of utterances: the unit of intervals and of work sharing", metavar="N", least=1)
-    interval: Literal["bootstrap", "jackknife", "none"] = option("bootstrap", "how intervals are made from the blocks")
+    blocks: int = option(
+        20,
+        "groups of utterances that are computed together: the unit of work sharing and, with --mode minibatch, of the "
+        "intervals (fewer, where a group would hold less than --mix utterances)",
+        metavar="N",
+        least=1,
+    )
+    interval: Literal["jackknife", "bootstrap", "none"] = option(
+        "jackknife",
+        "how intervals are made: leaving out one unit at a time (Student's t), or drawing units with replacement "
+        "(bootstrap-t)",
+    )
+    unit: Literal["utterance", "speaker"] = option(
+        "utterance",
+        "what the corpus is a sample of: with speaker, intervals say how far other speakers would give the same",
+    )
+    labels: str | None = option(
+        None,
+        "who speaks, with --unit speaker: table:column (labels.tsv:speaker) or utt2spk; default: the list or the paths",
+        metavar="FILE[:COLUMN]",
+    )
     confidence: float = option(0.95, "of the intervals")
     resamples: int = option(1000, "of the bootstrap", least=10)
     permutations: int = option(

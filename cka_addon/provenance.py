@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -28,6 +29,7 @@ _PACKAGES = (
 )
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that can change a number; packages that are not installed are left out."""
     found = {"python": platform.python_version()}
@@ -39,6 +41,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_revision(folder: Path | None = None) -> str | None:
     """Commit of the checkout that holds this package, with "-dirty" where files were changed; None outside git."""
     folder = folder or Path(__file__).resolve().parent
@@ -68,7 +71,7 @@ def collect(**options: object) -> dict[str, object]:
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "platform": platform.platform(),
-        "versions": versions(),
+        "versions": dict(versions()),
         "git_revision": git_revision(),
         "options": options,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import numpy as np
 from cka_addon import provenance
 from cka_addon.errors import SpecError, StoreError, require
 from cka_addon.models import ModelInfo
+from cka_addon.uncertainty import LeftOut
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "cka_addon result 1"
 
@@ -21,6 +25,7 @@ class CKAResult:
 
     models : the models, in the order of the matrix;  values : (layers, layers) float64, NaN outside `mask`
     lower, upper : ends of the intervals, or None;  baseline : the same with permuted examples, or None
+    left_out : the values without each unit, for intervals of differences (`compare`), or None
     hsic : (layers, layers);  details : estimator, options, order, alignment, counts, provenance
     """
 
@@ -32,6 +37,7 @@ class CKAResult:
     baseline: np.ndarray | None
     hsic: np.ndarray
     details: dict
+    left_out: LeftOut | None = None
 
     @property
     def names(self) -> list[str]:
@@ -144,11 +150,15 @@ class CKAResult:
         provenance.write_json(Path(path).with_suffix(".provenance.json"), self.details)
 
     def save(self, path: str | Path) -> Path:
-        """Write the whole result as JSON (`load` reads it back exactly)."""
+        """Write the whole result as JSON, and the values without each unit beside it (PATH.units.npz).
+
+        `load` reads both back exactly.
+        """
 
         def plain(x: np.ndarray | None) -> list | None:
             return None if x is None else [[None if np.isnan(v) else float(v) for v in row] for row in x]
 
+        self._save_units(Path(path))
         data = {
             "format": FORMAT,
             "models": [m.to_dict() for m in self.models],
@@ -160,6 +170,24 @@ class CKAResult:
             "details": self.details,
         }
         return provenance.write_json(path, data)
+
+    def _save_units(self, path: Path) -> None:
+        beside = path.with_suffix(".units.npz")
+        if self.left_out is None:
+            beside.unlink(missing_ok=True)
+            self.details.pop("units_sha256", None)
+            return
+        units, upper = self.left_out, np.triu_indices(len(self.values))
+        values = units.values[:, upper[0], upper[1]].astype(np.float32)
+        about = np.array([units.kind, str(units.total)])
+        noise = np.broadcast_to(units.noise, self.values.shape)[upper].astype(np.float32)
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as file:
+                np.savez_compressed(file, units=np.array(units.units), values=values, about=about, noise=noise)
+
+        provenance.write_atomically(beside, write)
+        self.details["units_sha256"] = provenance.file_sha256(beside)
 
     @classmethod
     def load(cls, path: str | Path) -> CKAResult:
@@ -190,6 +218,7 @@ class CKAResult:
             array(data["permuted"]),
             array(data["hsic"]),
             data["details"],
+            _load_units(Path(path), data["details"].get("units_sha256"), len(values)),
         )
 
     def __repr__(self) -> str:
@@ -199,3 +228,20 @@ class CKAResult:
             f"CKAResult({models}; {self.details['options']['mode']}, {self.details['estimator'].split(' (')[0]}, "
             f"{counts['examples']} {self.details['options']['examples']} of {counts['utterances']} utterances)"
         )
+
+
+def _load_units(path: Path, digest: str | None, layers: int) -> LeftOut | None:
+    """The values without each unit, where the file beside the result is the one that was written with it."""
+    beside = path.with_suffix(".units.npz")
+    if digest is None or not beside.is_file():
+        return None
+    if provenance.file_sha256(beside) != digest:
+        logger.warning("%s: belongs to another result and is not used", beside)
+        return None
+    with np.load(beside, allow_pickle=False) as file:
+        values = np.zeros((len(file["units"]), layers, layers))
+        upper = np.triu_indices(layers)
+        values[:, upper[0], upper[1]] = values[:, upper[1], upper[0]] = file["values"]
+        noise = np.zeros((layers, layers))
+        noise[upper] = noise[upper[1], upper[0]] = file["noise"]
+        return LeftOut(file["units"].tolist(), values, int(file["about"][1]), str(file["about"][0]), noise)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from cka_addon.result import CKAResult
 from cka_addon.sources import Source, check_examples, examples_of, iterate, open_source
 from cka_addon.state import Block, State, pool_variation
 from cka_addon.store import FeatureStore, format_bytes, parse_shard
+from cka_addon.uncertainty import Kept, frames_to_keep, pick_frames
+from cka_addon.units import speakers
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +42,33 @@ GRAM_MEMORY = 2 << 30  # features that the full-data Gram form may hold
 
 
 def make_blocks(ids: Sequence[str], count: int, seed: int) -> list[list[str]]:
-    """Utterances in a seeded random order, cut into `count` blocks of nearly equal size.
+    """Utterances (or speakers) in a seeded random order, cut into `count` blocks of nearly equal size.
 
     >>> [len(b) for b in make_blocks(list("abcdefg"), 3, seed=0)]
     [3, 2, 2]
     """
     order = np.random.default_rng([seed, 0]).permutation(len(ids))
     return [[ids[i] for i in part] for part in np.array_split(order, min(count, len(ids)))]
+
+
+def block_count(options: Options, utterances: int, units: int) -> int:
+    """Number of blocks: in minibatch mode each must hold a whole mixture of utterances, or it estimates another value.
+
+    >>> block_count(Options(), 100, 100), block_count(Options(mode="full"), 100, 100)
+    (6, 20)
+    """
+    most = max(1, utterances // options.mix) if options.mode == "minibatch" else utterances
+    return min(options.blocks, most, units)
+
+
+def units_of(source: Source, options: Options) -> dict[str, str]:
+    """The unit (utterance or speaker) of every utterance. Raises SpecError where nothing tells who speaks."""
+    if options.unit == "utterance":
+        return {name: name for name in source.ids}
+    known = getattr(source, "speakers", {}) if options.labels is None else {}
+    if all(name in known for name in source.ids):
+        return {name: known[name] for name in source.ids}
+    return speakers(source.ids, options.labels)
 
 
 def compute(
@@ -135,12 +158,18 @@ def gather(
     ids = source.ids
     index, count = parse_shard(shard)
     rank, world = _distributed()
-    blocks = make_blocks(ids, options.blocks, options.seed)
+    unit_of = units_of(source, options)
+    members: dict[str, list[str]] = {}
+    for name in ids:
+        members.setdefault(unit_of[name], []).append(name)
+    groups = make_blocks(sorted(members), block_count(options, len(ids), len(members)), options.seed)
+    blocks = [[name for unit in group for name in members[unit]] for group in groups]
     workers = count * world
     if len(blocks) < workers:
         raise SpecError(
             f"got {workers} processes or shards for {len(blocks)} blocks ({len(ids)} utterances); expected at least "
-            "one block for each: raise --blocks or use fewer processes"
+            "one block for each: raise --blocks, lower --mix (a block holds at least so many utterances in minibatch "
+            "mode) or use fewer processes"
         )
     dims = [d for i in source.infos for d in i.dims]
     pairs = Pairs(tuple(len(i.layers) for i in source.infos), options.pairs)
@@ -152,6 +181,7 @@ def gather(
         "models": [{k: v for k, v in i.to_dict().items() if k != "provenance"} for i in source.infos],
         "weights": [i.provenance.get("weights_sha256") for i in source.infos],
         "utterances": len(ids),
+        "units": len(members),
         "utterances_sha256": hashlib.sha256(
             "\n".join(f"{name}\t{source.seconds(name):.2f}" for name in ids).encode()
         ).hexdigest(),
@@ -167,7 +197,9 @@ def gather(
         + (f", minibatches of {options.batch_size}" if options.mode == "minibatch" else "")
         + f", {form} form"
     )
-    runner = Runner(source, state, device, skip_unreadable)
+    if options.mode == "full" and form == "stream":
+        announce(expected_cost(source, options, dims, pairs))
+    runner = Runner(source, state, device, skip_unreadable, members)
     total = sum(len(blocks[b]) for b in mine)
     with tqdm(total=total, desc="compute", unit="utt", disable=not progress or rank > 0) as bar:
         for b in mine:
@@ -183,8 +215,7 @@ def _form(options: Options, source: Source, dims: list[int], pairs: Pairs) -> st
         return options.form
     if options.mode == "minibatch":
         return "gram" if options.batch_size <= crossover(dims, pairs) else "stream"
-    per = {"means": lambda u: 1, "sampled": lambda u: min(options.frames, source.count(u)), "frames": source.count}
-    n = sum(per[options.examples](u) for u in source.ids)
+    n = example_count(source, options)
     small = n <= crossover(dims, pairs) and n * sum(dims) * options.dtype.itemsize <= GRAM_MEMORY
     return "gram" if small else "stream"
 
@@ -205,6 +236,49 @@ def _check_memory(state: State, announce: Callable[[str], None]) -> None:
         )
 
 
+def expected_cost(source: Source, options: Options, dims: Sequence[int], pairs: Pairs) -> str:
+    """What exact streaming will cost on this machine, in words; with the cheaper way where that matters."""
+    width = np.asarray(dims, dtype=np.float64)
+    per_example = 2.0 * float((np.outer(width, width) * np.triu(pairs.mask())).sum())
+    examples = example_count(source, options)
+    if per_example * examples < 1e11:
+        return f"about {examples} examples"
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    a @ b
+    start = time.perf_counter()
+    for _ in range(4):
+        a @ b
+    rate = 4 * 2 * 512**3 / (time.perf_counter() - start)
+    seconds = per_example * examples / rate
+    text = f"about {examples} examples, {format_duration(seconds)} of arithmetic on this machine's CPU"
+    if seconds > 60 and options.examples == "frames":
+        fewer = 20 * len(source.ids)
+        text += (
+            f"; --examples sampled --frames 20 takes {format_duration(seconds * min(1.0, fewer / examples))} and its "
+            "intervals say what that costs in accuracy; a GPU (--device cuda) is faster too"
+        )
+    return text
+
+
+def format_duration(seconds: float) -> str:
+    """Rounded for reading.
+
+    >>> format_duration(0.4), format_duration(75), format_duration(7300)
+    ('1 s', '75 s', '2.0 h')
+    """
+    if seconds < 120:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def example_count(source: Source, options: Options) -> int:
+    """Examples of a run, from the lengths of the recordings."""
+    if options.examples == "means":
+        return len(source.ids)
+    counts = (source.count(name) for name in source.ids)
+    return sum(min(options.frames, n) if options.examples == "sampled" else n for n in counts)
+
+
 def _distributed() -> tuple[int, int]:
     import torch.distributed as dist
 
@@ -218,12 +292,12 @@ def _reduce(state: State) -> None:
     import torch.distributed as dist
 
     small = [None] * dist.get_world_size()
-    mine = (state.blocks, state.features, state.left_out, state.variation, state.power)
+    mine = (state.blocks, state.kept, state.left_out, state.variation, state.power)
     shifts = {k: getattr(state, k).shift.cpu() for k in ("total", "total_baseline") if getattr(state, k) is not None}
     dist.all_gather_object(small, (mine, shifts))
-    for (blocks, features, left_out, variation, power), _ in small:
+    for (blocks, kept, left_out, variation, power), _ in small:
         state.blocks.update(blocks)
-        state.features.update(features)
+        state.kept.update(kept)
         state.left_out.update(left_out)
         state.variation.update(variation)
         state.power.update(power)
@@ -260,8 +334,21 @@ def merge(parts: Sequence[str | Path | State]) -> CKAResult:
 class Runner:
     """Works through blocks of utterances and fills a State."""
 
-    def __init__(self, source: Source, state: State, device: str, skip: bool) -> None:
+    def __init__(
+        self, source: Source, state: State, device: str, skip: bool, members: Mapping[str, Sequence[str]]
+    ) -> None:
         self.source, self.state, self.options, self.skip = source, state, state.options, skip
+        self.unit_of = {name: unit for unit, names in members.items() for name in names}
+        everything = state.options.mode == "full" and state.form == "gram"
+        units, frames = frames_to_keep(state.dims, state.options.dtype.itemsize, len(members))
+        # A random subset of the units, the same whichever process computes them.
+        order = [unit for group in make_blocks(sorted(members), 1, state.options.seed) for unit in group]
+        wanted = order if everything else order[:units] if state.options.mode == "full" else []
+        self.quota = {
+            name: 1 << 40 if everything else max(2, frames // len(members[unit]))
+            for unit in wanted
+            for name in members[unit]
+        }
         self.device = torch.device(device)
         self.engine = BatchHsic(state.dims, state.pairs, biased=self.options.biased, form=self.options.form)
         self.block_moments: tuple[Moments, Moments | None] | None = None
@@ -273,8 +360,33 @@ class Runner:
             if self.options.examples == "means":
                 self._power.append(utterance.frame_power())
             if len(layers[0]):
+                if utterance.id in self.quota:
+                    self._keep(utterance.id, layers)
+                self._lengths.append(len(layers[0]))
                 yield [x.to(self.device) for x in layers]
         self.state.left_out.update(self.source.left_out)
+
+    def _keep(self, name: str, layers: Sequence[Tensor]) -> None:
+        """Put examples of an utterance aside for the intervals."""
+        count = len(layers[0])
+        digest = hashlib.sha256(f"{self.options.seed}|{name}".encode()).digest()
+        chosen = pick_frames(count, self.quota[name], int.from_bytes(digest[:4], "little") / 2**32)
+        pick = torch.from_numpy(chosen)
+        unit = self.unit_of[name]
+        owner = self._kept_units.setdefault(unit, len(self._kept_units))
+        self._kept.append(([x[pick].cpu() for x in layers], owner, count / len(chosen)))
+
+    def _kept_examples(self) -> Kept | None:
+        """All that was put aside in this block."""
+        if not self._kept:
+            return None
+        sizes = [len(layers[0]) for layers, _, _ in self._kept]
+        return Kept(
+            list(self._kept_units),
+            [torch.cat(column) for column in zip(*(layers for layers, _, _ in self._kept), strict=True)],
+            np.repeat([owner for _, owner, _ in self._kept], sizes),
+            np.repeat([weight for _, _, weight in self._kept], sizes),
+        )
 
     def run(self, number: int, ids: Sequence[str], tick: Callable[[], object]) -> None:
         """Compute one block."""
@@ -282,19 +394,29 @@ class Runner:
         rng = np.random.default_rng([self.options.seed, 1, number])
         self._variation: list[tuple[int, np.ndarray, np.ndarray]] = []
         self._power: list[np.ndarray] = []
+        self._kept: list[tuple[list[Tensor], int, float]] = []
+        self._kept_units: dict[str, int] = {}
+        self._lengths: list[int] = []
         stream = self.examples(ids, tick)
         if self.options.mode == "minibatch":
             self._minibatches(block, stream, rng)
         elif self.state.form == "stream":
             self._stream(block, stream, rng)
         else:
-            parts = list(stream)
-            layers = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
-            layers = layers or [torch.zeros(0, d, dtype=self.options.dtype) for d in self.state.dims]
-            self.state.features[number] = layers
-            block.examples, block.batches = len(layers[0]), 1
-            self._note(layers)
+            for _ in stream:
+                pass
+            block.batches = 1
+            if (kept := self._kept_examples()) is not None:
+                block.examples = len(kept.owner)
+                self._note(kept.layers)
         block.utterances -= sum(name in self.state.left_out for name in ids)
+        gone = self.state.left_out
+        block.units = len({self.unit_of[name] for name in ids if name not in gone})
+        if self.options.mode == "full":
+            lengths = np.array(self._lengths, dtype=np.float64)
+            block.pairs = (0.0, float((lengths * (lengths - 1)).sum()))
+        if (kept := self._kept_examples()) is not None:
+            self.state.kept[number] = kept
         self.state.blocks[number] = block
         if self._variation:
             self.state.variation[number] = pool_variation(self._variation, self.state.dims)
@@ -320,9 +442,16 @@ class Runner:
         total = np.zeros((len(self.state.dims),) * 2)
         baseline = np.zeros_like(total)
         pool: list[list[Tensor]] = []
+        origin: list[np.ndarray] = []  # which utterance every pooled example is of
 
-        def use(layers: list[Tensor]) -> None:
+        def use(layers: list[Tensor], of: np.ndarray) -> None:
             nonlocal total, baseline
+            counts = np.bincount(of - of.min()).astype(np.float64)
+            n = len(of)
+            block.pairs = (
+                block.pairs[0] + n * (n - 1.0),
+                block.pairs[1] + float((counts * (counts - 1)).sum()),
+            )
             total += self.engine(layers, names=self.state.names)
             for _ in range(options.permutations):
                 order = torch.from_numpy(rng.permutation(len(layers[0]))).to(self.device)
@@ -331,30 +460,33 @@ class Runner:
             block.examples += len(layers[0])
 
         def drain(last: bool) -> None:
-            nonlocal pool
+            nonlocal pool, origin
             if not pool:
                 return
+            of = np.concatenate(origin)
             layers = [torch.cat(column) for column in zip(*pool, strict=True)]
             n = len(layers[0])
             self._note(layers)
             if options.mix > 1:
-                order = torch.from_numpy(rng.permutation(n)).to(self.device)
-                layers = [x[order] for x in layers]
+                shuffled = rng.permutation(n)
+                order = torch.from_numpy(shuffled).to(self.device)
+                layers, of = [x[order] for x in layers], of[shuffled]
             full = n // size
             for i in range(full):
-                use([x[i * size : (i + 1) * size] for x in layers])
+                use([x[i * size : (i + 1) * size] for x in layers], of[i * size : (i + 1) * size])
             rest = [x[full * size :] for x in layers]
-            pool = []
+            pool, origin = [], []
             if not last:
-                pool = [rest] if len(rest[0]) else []
+                pool, origin = ([rest], [of[full * size :]]) if len(rest[0]) else ([], [])
             elif len(rest[0]) >= max(MIN_EXAMPLES[options.biased], size // 2):
-                use(rest)
+                use(rest, of[full * size :])
             else:
                 block.dropped += len(rest[0])
 
         held, utterances = 0, 0
-        for layers in stream:
+        for number, layers in enumerate(stream):
             pool.append(layers)
+            origin.append(np.full(len(layers[0]), number))
             held += len(layers[0])
             utterances += 1
             if utterances >= options.mix and held >= size:
@@ -398,8 +530,6 @@ class Runner:
                 drain()
         drain()
         block.examples, block.batches = mine.n, 1
-        if mine.n >= MIN_EXAMPLES[self.options.biased] and self.state.plan["blocks"] > 1:
-            block.h = mine.hsic(self.options.biased)
         if mine.n:
             self._variation.append((mine.n, mine.spread()[0], (mine.s / mine.n + mine.shift).cpu().numpy()))
         for name, part in (("total", mine), ("total_baseline", permuted)):

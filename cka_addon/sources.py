@@ -80,6 +80,7 @@ class LiveSource:
         self.ids = sorted(self._recordings)
         self.left_out: dict[str, str] = {}
         self.failures = 0
+        self.speakers = {r.id: r.speaker for r in recordings if r.speaker is not None}
 
     def seconds(self, utterance: str) -> float:
         """Length of an utterance, from the header of its file."""

@@ -17,20 +17,25 @@ from cka_addon.estimators import Pairs
 from cka_addon.models import ModelInfo
 from cka_addon.moments import Moments
 from cka_addon.options import Options
+from cka_addon.uncertainty import Kept
 
 
 @dataclass
 class Block:
     """What a block of utterances leaves behind.
 
-    h, baseline : (layers, layers) float64, mean HSIC of its minibatches, or HSIC over all its examples
-    batches : minibatches (1 in full mode);  examples : used;  dropped : left over behind the last minibatch
+    h, baseline : (layers, layers) float64, mean HSIC of its minibatches (minibatch mode)
+    units : utterances or speakers in it;  batches : minibatches (1 in full mode);  examples : used
+    dropped : left over behind the last minibatch
+    pairs : (pairs of examples that were compared, those of one utterance)
     """
 
     utterances: int = 0
+    units: int = 0
     examples: int = 0
     dropped: int = 0
     batches: int = 0
+    pairs: tuple[float, float] = (0.0, 0.0)
     h: np.ndarray | None = None
     baseline: np.ndarray | None = None
 
@@ -41,7 +46,7 @@ class State:
 
     plan : what makes two shards parts of one run
     total, total_baseline : accumulators over all blocks (full mode, streaming form)
-    features : per block, the examples themselves (full mode, Gram form)
+    kept : per block, examples for the intervals (full mode): all of them in the Gram form, else a sample
     variation : per block, (examples, variance of every layer, mean of every feature), to find constant layers
     power : per block, (utterances, mean square of a frame in every layer), where examples are utterance means
     """
@@ -53,7 +58,7 @@ class State:
     blocks: dict[int, Block] = field(default_factory=dict)
     total: Moments | None = None
     total_baseline: Moments | None = None
-    features: dict[int, list[Tensor]] = field(default_factory=dict)
+    kept: dict[int, Kept] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     variation: dict[int, tuple[int, np.ndarray, np.ndarray]] = field(default_factory=dict)
     power: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
@@ -81,7 +86,7 @@ class State:
         if twice := sorted(set(self.blocks) & set(other.blocks)):
             raise MergeError(f"block {twice[0]} is in two shards; expected every shard once")
         self.blocks.update(other.blocks)
-        self.features.update(other.features)
+        self.kept.update(other.kept)
         self.left_out.update(other.left_out)
         self.variation.update(other.variation)
         self.power.update(other.power)
@@ -113,8 +118,10 @@ class State:
             if moments is not None:
                 tensors[f"{name}/shift"] = moments.shift.cpu()
                 tensors |= {f"{name}/{i}": t.cpu().contiguous() for i, t in enumerate(moments.tensors())}
-        for b, layers in self.features.items():
-            tensors |= {f"features/{b}/{i}": x.cpu().contiguous() for i, x in enumerate(layers)}
+        for b, kept in self.kept.items():
+            tensors |= {f"kept/{b}/{i}": x.cpu().contiguous() for i, x in enumerate(kept.layers)}
+            tensors |= {f"kept/{b}/owner": torch.from_numpy(kept.owner)}
+            tensors |= {f"kept/{b}/weight": torch.from_numpy(kept.weight)}
         for b, (_, variance, mean) in self.variation.items():
             tensors[f"variation/{b}"] = torch.from_numpy(np.concatenate([variance, mean]))
         about = {
@@ -127,8 +134,9 @@ class State:
             "n": {k: getattr(self, k).n for k in ("total", "total_baseline") if getattr(self, k) is not None},
             "power": {b: [n, power.tolist()] for b, (n, power) in self.power.items()},
             "variation": {b: n for b, (n, _, _) in self.variation.items()},
+            "kept": {b: kept.units for b, kept in self.kept.items()},
             "blocks": {
-                b: {k: getattr(x, k) for k in ("utterances", "examples", "dropped", "batches")}
+                b: {k: getattr(x, k) for k in ("utterances", "units", "examples", "dropped", "batches", "pairs")}
                 for b, x in self.blocks.items()
             },
         }
@@ -154,7 +162,7 @@ class State:
         state = cls(about["plan"], infos, Options(**about["options"]), about["form"], left_out=about["left_out"])
         state.made_by = about["made_by"]
         for b, fields in about["blocks"].items():
-            block = state.blocks[int(b)] = Block(**fields)
+            block = state.blocks[int(b)] = Block(**{**fields, "pairs": tuple(fields["pairs"])})
             for name in ("h", "baseline"):
                 if f"block/{b}/{name}" in tensors:
                     setattr(block, name, tensors[f"block/{b}/{name}"].numpy())
@@ -164,9 +172,11 @@ class State:
             for i, tensor in enumerate(moments.tensors()):
                 tensor.copy_(tensors[f"{name}/{i}"])
             setattr(state, name, moments)
-        if state.form == "gram" and state.options.mode == "full":
-            for b in state.blocks:
-                state.features[b] = [tensors[f"features/{b}/{i}"] for i in range(len(state.dims))]
+        for b, units in about["kept"].items():
+            layers = [tensors[f"kept/{b}/{i}"] for i in range(len(state.dims))]
+            state.kept[int(b)] = Kept(
+                units, layers, tensors[f"kept/{b}/owner"].numpy(), tensors[f"kept/{b}/weight"].numpy()
+            )
         state.power = {int(b): (n, np.array(power)) for b, (n, power) in about.get("power", {}).items()}
         for b, n in about["variation"].items():
             both = tensors[f"variation/{b}"].numpy()
