@@ -159,7 +159,9 @@ def _left_out(
         total = sum(b.units for b in blocks)
         if problem := LeftOut(kept.units, np.empty(0), total, options.unit).problem():
             return None, f"{problem}: use more recordings"
-        found = leave_out(kept, h, examples, _moments(state, kept), total=total, kind=options.unit)
+        found = leave_out(
+            kept, h, examples, _moments(state, kept), total=total, kind=options.unit, biased=options.biased
+        )
     wanted = found.values[:, state.pairs.mask()]
     if not np.isfinite(wanted).all():
         return None, "without one of the units a layer's HSIC with itself is not positive: use more recordings"

@@ -5,11 +5,10 @@ a value is taken from what it becomes when one unit is left out (the delete-one 
 t with as many degrees of freedom as there are units less one, on Fisher's z scale, where a similarity near 1 or 0 has
 a symmetric distribution. Coverage of these intervals is measured in `recipes/benchmark/cka_intervals.py`.
 
-What leaving a unit out does to HSIC is known from sums, without computing anything again: with R_u the sum of
-k_ij l_ij over all i in u and all j, T_u its part with j in u, n' the examples that stay, and Q_u what the moved mean
-does,  HSIC_-u = (n^2 HSIC - 2 R_u + T_u - 2 Q_u) / n'^2. R_u = sum of x_i' C y_i needs the whole cross-covariance C,
-which is known at the end only; `Kept` holds the features for that: all of them where they are few, else a sample of
-frames of every unit, evenly spread.
+What HSIC is without a unit follows from sums, without computing it again: with S = sum x_i y_i' over all examples and
+S_u over those of unit u, |S - S_u|^2 = |S|^2 - 2 <S, S_u> + |S_u|^2, and the other terms of the estimator likewise.
+<S, S_u> = sum over i in u of x_i' S y_i needs the whole S, which is known at the end only; `Kept` holds the features
+for that: all of them where they are few (then the result is exact), else frames of every unit, evenly spread.
 """
 
 from __future__ import annotations
@@ -116,107 +115,146 @@ def leave_out(
     *,
     total: int | None = None,
     kind: str = "utterance",
+    biased: bool = False,
 ) -> LeftOut:
     """CKA without each unit. h : HSIC of all n examples;  total : units of the run, where `kept` holds some of them
 
-    moments : sums over all examples, where `kept` holds a sample of them
+    moments : sums over all examples, where `kept` holds a sample of them; they are moved to the mean
     """
-    left, noise = without_each_unit(kept, h, n, moments)
-    values = ratio(left)
+    if moments is None:
+        if len(kept.owner) ** 2 * len(kept.layers) * kept.layers[0].element_size() > GRAM_BYTES:
+            raise ValueError("too many examples for Gram matrices: the sums over all of them are needed")
+        return LeftOut(kept.units, ratio(_from_grams(kept, biased)), total or len(kept.units), kind)
+    left, halves = _from_moments(kept, moments, biased)
     diagonal = np.diagonal(h)
     root = np.sqrt(np.where(diagonal > 0, diagonal, np.nan))
-    part = np.einsum("uii->ui", noise) / diagonal
+    part = np.einsum("uii->ui", halves) / diagonal
     # The change of h_xy / sqrt(h_xx h_yy) that a small change of the three makes.
-    change = noise / root[:, None] / root - 0.5 * ratio(h) * (part[:, :, None] + part[:, None, :])
-    return LeftOut(kept.units, values, total or len(kept.units), kind, (change**2).mean(0))
+    change = halves / root[:, None] / root - 0.5 * ratio(h) * (part[:, :, None] + part[:, None, :])
+    return LeftOut(kept.units, ratio(left), total or len(kept.units), kind, (change**2).mean(0))
 
 
-def without_each_unit(
-    kept: Kept, h: np.ndarray, n: int, moments: Moments | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """HSIC without each unit, and half the difference between two halves of its frames, both (units, layers, layers).
+def _hsic(trace, sum_k, sum_l, cross, diagonals, n, biased: bool):
+    """HSIC of n examples from tr(K~L~), 1'K~1, 1'L~1, 1'K~L~1; biased: sums with the diagonals, sum k_i l_i apart."""
+    if not biased:
+        n = np.maximum(n, 4)
+        return (trace + sum_k * sum_l / ((n - 1) * (n - 2)) - 2 / (n - 2) * cross) / (n * (n - 3))
+    return (trace + diagonals - 2 / n * cross + sum_k * sum_l / n**2) / (n - 1) ** 2
 
-    h : HSIC of all n examples;  moments : sums over all of them, where `kept` holds a sample
-    The halves tell how much of the spread over units comes from having kept a sample of frames; 0 where all were kept.
-    """
+
+def _from_grams(kept: Kept, biased: bool) -> np.ndarray:
+    """HSIC without each unit from the Gram matrices of all examples: exact, (units, layers, layers)."""
+    n, count, units = len(kept.owner), len(kept.layers), len(kept.units)
     owner = torch.from_numpy(kept.owner)
-    weight = torch.from_numpy(kept.weight)
-    units, count = len(kept.units), len(kept.layers)
-    size = torch.zeros(units, dtype=torch.float64).index_add_(0, owner, weight)
-    if moments is None and len(owner) ** 2 * count * kept.layers[0].element_size() <= GRAM_BYTES:
-        row_sums, moved = _from_grams(kept, owner, units)
-        halves = np.zeros_like(row_sums)
-    else:
-        if moments is None:
-            raise ValueError("too many examples for Gram matrices: the sums over all of them are needed")
-        row_sums, moved, halves = _from_moments(kept, owner, weight, units, moments)
-    inside = _inside(kept, owner, weight, units, size)
-    left = (n - size).numpy()[:, None, None]
-    share = 1 - (torch.bincount(owner, minlength=units) / size).clamp(0, 1).numpy()[:, None, None]
-    return (n**2 * h - 2 * row_sums + inside - 2 * moved) / left**2, -2 * halves * np.sqrt(share) / left**2
-
-
-def _from_grams(kept: Kept, owner: Tensor, units: int) -> tuple[np.ndarray, np.ndarray]:
-    """R_u and Q_u from the Gram matrices of all examples (weights 1)."""
-    n, count = len(owner), len(kept.layers)
-    centred = [x.double() - x.double().mean(0) for x in kept.layers]
-    grams = torch.stack([(x @ x.T).float() for x in centred])  # (layers, n, n)
-    diagonal = torch.stack([x.square().sum(1) for x in centred])  # (layers, n)
+    grams = torch.empty(count, n, n, dtype=torch.float64 if n <= 1024 else torch.float32)
+    for index, x in enumerate(kept.layers):
+        z = x.double() - x.double().mean(0)
+        grams[index] = z @ z.T
+    own = torch.diagonal(grams, dim1=1, dim2=2).double().clone()  # (layers, n): k_i
+    torch.diagonal(grams, dim1=1, dim2=2).zero_()
     rows = torch.zeros(units, count, count, dtype=torch.float64)
     for start in range(0, n, 256):
         part = grams[:, start : start + 256].permute(1, 0, 2)  # (rows, layers, n)
-        found = torch.bmm(part, part.transpose(1, 2)).double()
-        d = diagonal[:, start : start + 256].T
-        found -= d[:, :, None] * d[:, None, :]
-        rows.index_add_(0, owner[start : start + 256], found)
-    # s_u' C t_u = (1/n) sum over i, j in u of (K L)_ij; nothing of it is left where units are single examples.
-    moved = torch.zeros_like(rows)
-    if units < n:
-        sums = torch.zeros(count, units, n, dtype=torch.float32).index_add_(1, owner, grams)  # sum over i in u of K_i.
-        moved = torch.einsum("lun,mun->ulm", sums.double(), sums.double()) / n
-        own = rows + torch.zeros_like(rows).index_add_(0, owner, (diagonal.T[:, :, None] * diagonal.T[:, None, :]))
-        moved = moved - own / n
-    return rows.numpy(), moved.numpy()
+        rows.index_add_(0, owner[start : start + 256], torch.bmm(part, part.transpose(1, 2)).double())
+    size = torch.bincount(owner, minlength=units).double()
+    inside = _inside(kept, torch.ones(n, dtype=torch.float64), size)
+    of_unit = torch.zeros(count, units, n, dtype=torch.float64)
+    for index in range(count):
+        of_unit[index].index_add_(0, owner, grams[index].double())
+    sums = grams.sum(2, dtype=torch.float64)  # (layers, n): K~1
+    here = torch.zeros(units, n, dtype=torch.bool)
+    here[owner, torch.arange(n)] = True
+    within = (of_unit * here).sum(2)  # (layers, units)
+    total = (
+        sums.sum(1)[:, None] - 2 * torch.zeros(count, units, dtype=torch.float64).index_add_(1, owner, sums) + within
+    )
+    if biased:
+        sums = sums + own
+        total = total + own.sum(1)[:, None] - torch.zeros_like(total).index_add_(1, owner, own)
+    stays = (sums[:, None, :] - of_unit).masked_fill_(here, 0.0)
+    cross = torch.einsum("lun,mun->ulm", stays, stays)
+    both = torch.einsum("ln,mn->lm", own, own) - _by_unit(own, owner, units)
+    trace = rows.sum(0) - 2 * rows + torch.from_numpy(inside)
+    q = (n - size).numpy()[:, None, None]
+    total = total.T
+    found = _hsic(
+        trace.numpy(), total[:, :, None].numpy(), total[:, None, :].numpy(), cross.numpy(), both.numpy(), q, biased
+    )
+    return found
 
 
-def _from_moments(
-    kept: Kept, owner: Tensor, weight: Tensor, units: int, moments: Moments
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """R_u and Q_u from cross-covariances of all examples and features of some; half of what two halves differ."""
-    count, n = len(kept.layers), moments.n
+def _by_unit(values: Tensor, owner: Tensor, units: int) -> Tensor:
+    """Sum over each unit's examples of the products of two layers' values: (layers, n) -> (units, layers, layers)."""
+    count = len(values)
+    products = (values.T[:, :, None] * values.T[:, None, :]).reshape(-1, count * count)
+    found = torch.zeros(units, count * count, dtype=torch.float64).index_add_(0, owner, products)
+    return found.reshape(units, count, count)
+
+
+def _from_moments(kept: Kept, moments: Moments, biased: bool) -> tuple[np.ndarray, np.ndarray]:
+    """HSIC without each unit from the sums over all examples and the features of some, (units, layers, layers).
+
+    Exact where all examples were kept. The second array is half the difference between what two halves of a unit's
+    frames give: how much of the spread over units comes from having kept a sample of them; 0 where all were kept.
+    """
+    count, n, units = len(kept.layers), moments.n, len(kept.units)
+    owner, weight = torch.from_numpy(kept.owner), torch.from_numpy(kept.weight)
     assert moments.shift is not None
-    mean = (moments.shift + moments.s / n).cpu()
+    moments.reshift(moments.shift + moments.s / n)
+    mean = moments.shift.cpu()
     x = torch.cat([layer.double().cpu() for layer in kept.layers], 1).sub_(mean).float()
-    scaled = weight.float()[:, None]
-    rows = torch.zeros(units, count, count, dtype=torch.float64)
-    moved, halves = torch.zeros_like(rows), torch.zeros_like(rows)
+    cuts = [moments.cut(i) for i in range(count)]
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(units, *values.shape[1:], dtype=values.dtype).index_add_(0, owner, values)
+
+    size = total(weight)
+    s = total(x * weight.float()[:, None])  # (units, widths): sum of the unit's examples
+    k = torch.stack([x[:, c].double().square().sum(1) for c in cuts], 1)  # (n, layers)
+    a = torch.stack([(x[:, c] * s[owner][:, c]).sum(1, dtype=torch.float64) for c in cuts], 1)  # x_i's_u
+    norms = torch.stack([s[:, c].double().square().sum(1) for c in cuts], 1)
+    t = moments.t.cpu()
+    own_sum = norms - (t - total(weight[:, None] * k))  # 1'K~1 without the unit
+    inside = torch.from_numpy(_inside(kept, weight, size))
+    p = moments.left.cpu()  # (widths, layers): sum x_i k_i of the other layer
     # Every other kept example of a unit; a last one without a partner takes no side.
     place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
-    last = (place == torch.bincount(owner)[owner] - 1) & (place % 2 == 0)
+    last = (place == torch.bincount(owner, minlength=units)[owner] - 1) & (place % 2 == 0)
     side = torch.where(last, 0.0, 1.0 - 2.0 * (place % 2)) * weight
-    k = torch.stack([x[:, moments.cut(i)].double().square().sum(1) for i in range(count)], 1)
-    sums = torch.zeros(units, x.shape[1]).index_add_(0, owner, x * scaled)
+    found = torch.full((units, count, count), float("nan"), dtype=torch.float64)
+    halves = torch.zeros(units, count, count, dtype=torch.float64)
+    q = n - size
     for i, j0, j1, c in moments.cross_covariances():
-        lo, hi = moments.offsets[j0], moments.offsets[j1]
-        product = x[:, moments.cut(i)] @ c.float().cpu()
-        of_unit = torch.zeros(units, hi - lo).index_add_(0, owner, product * scaled)
-        product *= x[:, lo:hi]
-        of_unit *= sums[:, lo:hi]
+        lo = moments.offsets[j0]
+        product = x[:, cuts[i]] @ (n * c).float().cpu()
+        full = (n * c).square()
+        of_unit = s[:, cuts[i]] @ (n * c).float().cpu()
         for j in range(j0, j1):
             columns = slice(moments.offsets[j] - lo, moments.offsets[j + 1] - lo)
-            a = product[:, columns].sum(1, dtype=torch.float64)
-            own = torch.zeros(units, dtype=torch.float64).index_add_(0, owner, weight * a)
-            diagonal = torch.zeros(units, dtype=torch.float64).index_add_(0, owner, weight * k[:, i] * k[:, j])
-            rows[:, i, j] = rows[:, j, i] = n * own - diagonal
-            half = torch.zeros(units, dtype=torch.float64).index_add_(0, owner, side * a)
-            halves[:, i, j] = halves[:, j, i] = n * half
-            moved[:, i, j] = moved[:, j, i] = of_unit[:, columns].sum(1, dtype=torch.float64) - own
-    return rows.numpy(), moved.numpy(), halves.numpy()
+            along = (product[:, columns] * x[:, cuts[j]]).sum(1, dtype=torch.float64)  # x_i'S y_i
+            both = total(weight * k[:, i] * k[:, j])
+            whole = float(full[:, columns].sum())
+            all_both = float(moments.T[i, j])
+            moved = (of_unit[:, columns] * s[:, cuts[j]]).sum(1, dtype=torch.float64)
+            moved = moved - total(weight * a[:, i] * a[:, j])  # s_u'(S - S_u)t_u
+            trace = whole - all_both - 2 * total(weight * along) + 2 * both + inside[:, i, j]
+            if biased:
+                value = (trace + all_both - both - 2 / q * moved + norms[:, i] * norms[:, j] / q**2) / (q - 1) ** 2
+            else:
+                cross = moved + s[:, cuts[i]].double() @ p[cuts[i], j] - total(weight * a[:, i] * k[:, j])
+                cross = cross + s[:, cuts[j]].double() @ p[cuts[j], i] - total(weight * a[:, j] * k[:, i])
+                cross = cross + all_both - both
+                value = _hsic(trace, own_sum[:, i], own_sum[:, j], cross, None, q, False)
+            found[:, i, j] = found[:, j, i] = value
+            halves[:, i, j] = halves[:, j, i] = -2 * total(side * along) / q**2
+    kept_share = (torch.bincount(owner, minlength=units) / size).clamp(0, 1)
+    return found.numpy(), (halves * (1 - kept_share).sqrt()[:, None, None]).numpy()
 
 
-def _inside(kept: Kept, owner: Tensor, weight: Tensor, units: int, size: Tensor) -> np.ndarray:
-    """T_u: the sum of k_ij l_ij over pairs i != j of one unit, (units, layers, layers)."""
-    count = len(kept.layers)
+def _inside(kept: Kept, weight: Tensor, size: Tensor) -> np.ndarray:
+    """The sum of k_ij l_ij over pairs i != j of one unit, about the mean of all: (units, layers, layers)."""
+    count, units = len(kept.layers), len(kept.units)
+    owner = torch.from_numpy(kept.owner)
     found = torch.zeros(units, count, count, dtype=torch.float64)
     if units == len(owner):
         return found.numpy()
@@ -228,16 +266,15 @@ def _inside(kept: Kept, owner: Tensor, weight: Tensor, units: int, size: Tensor)
     for u, end in enumerate(ends):
         mine = order[start:end]
         start = end
-        m = len(mine)
-        if m < 2:
+        if len(mine) < 2:
             continue
         w = weight[mine]
         ww = w[:, None] * w[None, :]
         ww.fill_diagonal_(0)
         grams = []
         for x, mean in zip(kept.layers, means, strict=True):
-            z = x[mine].double() - mean
-            grams.append((z @ z.T).reshape(-1))
+            z = (x[mine].double() - mean).float() if len(mine) > 64 else x[mine].double() - mean
+            grams.append((z @ z.T).double().reshape(-1))
         g = torch.stack(grams)
         # What the sampled pairs stand for: all pairs of the unit's examples.
         scale = size[u] * (size[u] - 1) / ww.sum()
@@ -267,12 +304,14 @@ def intervals(
     resamples: int = 1000,
     seed: int = 0,
     bounded: bool = True,
+    corrected: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper end of the interval of every value.
 
     point : (layers, layers) value of the whole run, which the interval is laid about
     method : "jackknife" (Student's t), or "bootstrap": units drawn with replacement, studentised (bootstrap-t)
     bounded : values are similarities up to 1, so work on Fisher's z scale
+    corrected : lay the interval about the value less its bias, as leaving units out tells it
 
     >>> rng = np.random.default_rng(0)
     >>> x = rng.standard_normal(40)
@@ -288,6 +327,8 @@ def intervals(
         raise ValueError(f"got interval={method!r}; expected one of {', '.join(METHODS[:2])}")
     tail = (1 - confidence) / 2
     error = left_out.spread()
+    if corrected:
+        point = point - (left_out.total - 1) * (left_out.values.mean(0) - point)
     slope = np.ones_like(point)
     centre = point
     if bounded:
