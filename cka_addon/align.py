@@ -78,22 +78,34 @@ def align(frames: Sequence[int], clocks: Sequence[Clock], *, rule: str = "neares
         if index == chosen:
             first = np.arange(len(moments))
             last = first + 1
-        elif rule == "nearest":
-            first = clock.nearest(moments)
-            last = first + 1
-            valid &= (first >= 0) & (first < count)
         else:
-            half = clocks[chosen].shift / 2
-            first = np.ceil((moments - half - clock.first_center) / clock.shift - 1e-6).astype(np.int64)
-            last = np.ceil((moments + half - clock.first_center) / clock.shift - 1e-6).astype(np.int64)
-            # Slightly different clocks of one speed can leave a window empty: its nearest frame then.
-            near = clock.nearest(moments)
-            empty = last <= first
-            first, last = np.where(empty, near, first), np.where(empty, near + 1, last)
-            valid &= (last > 0) & (first < count)
-            first, last = np.clip(first, 0, None), np.clip(last, None, count)
+            first, last = frames_at(moments, clocks[chosen].shift, clock, rule=rule)
+            valid &= (last > 0) & (first < count) & ((rule != "nearest") | (first >= 0))
+            if rule != "nearest":
+                first, last = np.clip(first, 0, None), np.clip(last, None, count)
         ranges.append([first, last])
     return [[first[valid], last[valid]] for first, last in ranges]
+
+
+def frames_at(
+    moments: np.ndarray, spacing: float, clock: Clock, *, rule: str = "nearest"
+) -> tuple[np.ndarray, np.ndarray]:
+    """First and last + 1 of the frames that belong to each of `moments`, which may lie outside a recording.
+
+    moments : seconds, `spacing` seconds apart. "nearest": the frame nearest to the moment; "pool": all whose centres
+        are within half a spacing of it, or the nearest where there is none
+
+    >>> [x.tolist() for x in frames_at(np.array([0.0125, 0.0325]), 0.02, Clock(0.01, 0.0), rule="pool")]
+    [[1, 3], [3, 5]]
+    """
+    near = clock.nearest(moments)
+    if rule == "nearest":
+        return near, near + 1
+    first = np.ceil((moments - spacing / 2 - clock.first_center) / clock.shift - 1e-6).astype(np.int64)
+    last = np.ceil((moments + spacing / 2 - clock.first_center) / clock.shift - 1e-6).astype(np.int64)
+    # Slightly different clocks of one speed can leave a window empty: its nearest frame then.
+    empty = last <= first
+    return np.where(empty, near, first), np.where(empty, near + 1, last)
 
 
 def take(x: Tensor, first: np.ndarray, last: np.ndarray) -> Tensor:

@@ -298,6 +298,8 @@ def _s3prl(spec: Spec, options: dict[str, str]) -> tuple[Callable, dict]:
         raise SpecError(f"s3prl has no upstream '{spec.target}'; the nearest names are {', '.join(near) or 'none'}")
     provenance: dict[str, object] = {"upstream": spec.target}
     for key in ("ckpt", "model_config"):
+        if key == "ckpt" and getattr(entry, "ckpt_can_be_names", False) and not Path(options.get(key, "")).is_file():
+            continue
         if key in options and not options[key].startswith(("http://", "https://")):
             if not Path(options[key]).expanduser().exists():
                 raise SpecError(f"{spec.name}: {key}={options[key]} does not exist")

@@ -222,6 +222,7 @@ class UpstreamExpert(UpstreamBase):
     """
 
     layer_names = BLOCKS
+    exact_in_batch = True  # every utterance of at least one sample gets what it gets alone
 
     def __init__(
         self,

@@ -1,9 +1,11 @@
 """The upstream entries: what ``-u NAME`` can be.
 
-Three kinds, with s3prl's calling convention ``entry(ckpt=, model_config=, refresh=, **options)``:
+Four kinds, with s3prl's calling convention ``entry(ckpt=, model_config=, refresh=, **options)``:
 
 * ``ecapa_tdnn_local``, ``ecapa_dino_local``: ``ckpt`` (``-k``) is a path; the network is never touched.
 * ``ecapa_tdnn_url``, ``ecapa_dino_url``: ``ckpt`` (``-k``) is a URL, downloaded once into the cache.
+* ``fusion``: several upstreams as one; ``ckpt`` (``-k``) is ``NAME+NAME`` or a yaml file, see
+  :mod:`s3prl_speaker_upstreams.fusion`.
 * one entry for every named checkpoint of :data:`s3prl_speaker_upstreams.weights.REGISTRY` (``ecapa_tdnn``,
   ``ecapa_dino``, ...): its weights are downloaded at first use, unless ``ckpt`` names a local file to use instead.
 
@@ -22,8 +24,12 @@ from s3prl_speaker_upstreams.errors import CheckpointUnreadable, ConfigError
 
 if TYPE_CHECKING:
     from s3prl_speaker_upstreams.expert import UpstreamExpert
+    from s3prl_speaker_upstreams.fusion.expert import UpstreamExpert as FusionExpert
 
 __all__ = ["ENTRY_MARK", "entries"]
+
+LAYERS = ("block_1", "block_2", "block_3", "block_4")
+"""What the hidden states of every entry but ``fusion`` are."""
 
 ENTRY_MARK = "__s3prl_speaker_upstreams__"
 """Attribute that tells our hub entries from everybody else's."""
@@ -94,12 +100,24 @@ def _named(
     return _expert(name, path, model_config=model_config, **options)
 
 
+def _fusion(
+    name: str, ckpt: str | None = None, model_config: str | None = None, refresh: bool = False, **options: Any
+) -> FusionExpert:
+    from s3prl_speaker_upstreams.fusion.expert import UpstreamExpert as FusionExpert
+
+    return FusionExpert(ckpt, model_config, refresh, **options)
+
+
 def _entry(function: Callable, name: str, doc: str) -> Callable:
     entry: Any = partial(function, name)
     entry.__name__ = entry.__qualname__ = name
     entry.__module__ = __name__
     entry.__doc__ = doc
     setattr(entry, ENTRY_MARK, True)
+    if function is _fusion:
+        entry.ckpt_can_be_names = True  # for tools that look whether the file of ckpt= is there
+    else:
+        entry.layer_names = LAYERS
     return entry
 
 
@@ -115,6 +133,7 @@ def entries() -> dict[str, Callable]:
     for family, words in (("ecapa_tdnn", "ECAPA-TDNN"), ("ecapa_dino", "self-supervised (DINO) ECAPA-TDNN")):
         found[f"{family}_local"] = _entry(_local, f"{family}_local", f"{words} from a local file, ckpt=PATH (-k).")
         found[f"{family}_url"] = _entry(_url, f"{family}_url", f"{words} from a URL, ckpt=URL (-k).")
+    found["fusion"] = _entry(_fusion, "fusion", "Several upstreams as one, ckpt=NAME+NAME or a yaml file (-k).")
     for name, known in weights.REGISTRY.items():
         found[name] = _entry(_named, name, f"{known.training_data}; {known.citation} ({known.licence}).")
     return found

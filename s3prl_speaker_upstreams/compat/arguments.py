@@ -11,7 +11,14 @@ from typing import Any
 
 from s3prl_speaker_upstreams.errors import ConfigError
 
-__all__ = ["NoSuchLayer", "keep_full_paths", "name_the_layer", "rank_is_unread", "spell_local_rank"]
+__all__ = [
+    "NoSuchLayer",
+    "keep_full_paths",
+    "name_the_layer",
+    "normalize_in_slots",
+    "rank_is_unread",
+    "spell_local_rank",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -100,3 +107,32 @@ def name_the_layer(module: ModuleType) -> None:
             logger.info("-l %d %s; -l counts from 0", layer, what)
 
     module.Featurizer.__init__ = __init__
+
+
+# ------------------------------------------------------------------------------------------------- normalisation
+
+
+def normalize_in_slots(module: Any) -> None:
+    """``Featurizer`` and ``S3PRLUpstream`` leave normalising to an upstream that says how (``normalize_in_slots``).
+
+    s3prl normalises over the whole width of a hidden state, which for layers that stand side by side is not their own.
+    """
+
+    def wrap(kind: Any) -> None:
+        original = kind.__init__
+
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            inner = getattr(self, "upstream", None) or kwargs.get("upstream", args[0] if args else None)
+            while hasattr(inner, "upstream") or hasattr(inner, "module"):
+                inner = getattr(inner, "upstream", None) or inner.module
+            if getattr(self, "normalize", False) and hasattr(inner, "normalize_in_slots"):
+                inner.normalize_in_slots()
+                self.normalize = False
+
+        kind.__init__ = __init__
+
+    for name in ("Featurizer", "S3PRLUpstream"):
+        if hasattr(module, name):
+            wrap(getattr(module, name))

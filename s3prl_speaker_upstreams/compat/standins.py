@@ -553,4 +553,14 @@ STANDINS: tuple[Standin, ...] = (
         lambda module: hasattr(module, "Featurizer"),
         _call("arguments", "name_the_layer"),
     ),
+    Standin(
+        "normalisation within the slots of fusion",
+        "never in s3prl",
+        ("upstream/interfaces.py:238", "nn/upstream.py:226"),
+        "layer_norm",
+        "fused layers are normalised over their own width; other upstreams as ever",
+        ("s3prl.upstream.interfaces", "s3prl.nn.upstream"),
+        lambda module: hasattr(module, "Featurizer"),
+        _call("arguments", "normalize_in_slots"),
+    ),
 )

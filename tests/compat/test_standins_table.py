@@ -36,6 +36,7 @@ EVERYWHERE = {
     "pandas.Series.iteritems",
     "relative -k and -g",
     "the layer of -l by its name",
+    "normalisation within the slots of fusion",
 }
 # what depends on packages or package data that an installation may or may not have
 ENVIRONMENT = {

@@ -36,6 +36,7 @@ MORE = {
     "ecapa_tdnn_local": ("SID", "PR", "SD", "QbE", "SE"),
     "ecapa_dino_local": ("ASV", "ASR", "ER"),
     "wavlm_local": ("KS", "SF", "SS"),
+    "fusion": ("SID", "PR", "SD"),
 }
 if os.environ.get("SUPERB_E2E_ALL"):  # every upstream through every task
     MORE = dict.fromkeys(MORE, tuple(TASKS))
@@ -230,7 +231,10 @@ def others(corpus, tmp_path_factory):
     # in a process of its own: importing s3prl changes the interpreter
     subprocess.run([sys.executable, "-c", _WAVLM, __file__, str(folder / "wavlm.pt")], check=True, capture_output=True)
     checkpoints["wavlm_local"] = folder / "wavlm.pt"
-    layers = {"ecapa_tdnn_local": 4, "ecapa_dino_local": 4, "wavlm_local": 3}
+    checkpoints["fusion"] = folder / "fusion.yaml"
+    members = [{"upstream": name, "ckpt": checkpoints[name].name} for name in ("wavlm_local", "ecapa_tdnn_local")]
+    checkpoints["fusion"].write_text(json.dumps({"members": members}))
+    layers = {"ecapa_tdnn_local": 4, "ecapa_dino_local": 4, "wavlm_local": 3, "fusion": 7}
     plan = [
         step
         for upstream, tasks in MORE.items()

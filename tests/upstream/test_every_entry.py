@@ -51,7 +51,7 @@ def extract(model, seed: int = 0, **pseudo):
     return model(wavs, lengths)[0]
 
 
-@pytest.mark.parametrize("model", sorted(hubconf.entries()), indirect=True)
+@pytest.mark.parametrize("model", sorted(set(hubconf.entries()) - {"fusion"}), indirect=True)  # tests/fusion has it
 def test_s3prls_own_checks(model):
     model.eval()
     with torch.no_grad():
