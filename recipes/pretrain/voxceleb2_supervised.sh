@@ -12,16 +12,25 @@ set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 HERE=$(cd "$(dirname "$0")" && pwd)
 source "$HERE/../env/python.sh" # sets PYTHON
+source "$HERE/stage.sh"
 export DATA=${DATA:-data/voxceleb}
 OUT=${OUT:-exp/voxceleb2_supervised}
 export GPUS=${GPUS:-2}
 MAIN=$HERE/voxceleb2_dino.sh # train, average and evaluate are the same commands with another preset
 
 main() { PRESET=voxceleb2_supervised OUT=$OUT "$MAIN" "$@"; }
-newest() { find "$OUT/checkpoints" -name 'step_*.pt' | sort | tail -n 1; }
 fine() {
   PRESET=voxceleb2_large_margin OUT=$OUT-large-margin NUM_AVERAGE=1 \
-    EXTRA="model.init=$(newest) eval.every=1 ${EXTRA:-}" "$MAIN" "$@"
+    EXTRA="model.init=$OUT/average.pt eval.every=1 ${EXTRA:-}" "$MAIN" "$@"
+}
+large_margin() { # starts from the average of the newest checkpoints, classifier included
+  local last=${NUM_AVERAGE:-10} files
+  mapfile -t files < <(find "$OUT/checkpoints" -name 'step_*.pt' | sort | tail -n "$last")
+  if ! fresh "$OUT/average.pt" "$last" "${files[@]}"; then
+    speaker average "$OUT" "$OUT/average.pt" --last "$last"
+    made "$OUT/average.pt" "$last" "${files[@]}"
+  fi
+  fine train
 }
 
 # shellcheck disable=SC2086  # a list of words
@@ -30,7 +39,7 @@ unset STAGES # for the recipe that is called below
 for stage; do
   case $stage in
     data | train | average | evaluate) main "$stage" ;;
-    large_margin) fine train ;;
+    large_margin) large_margin ;;
     evaluate_large_margin) fine average evaluate ;;
     export)
       speaker export "$OUT-large-margin" "$OUT-large-margin/last.safetensors"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +102,29 @@ def test_every_option_of_the_loader_trains(corpus, make, log, tmp_path):
     assert counts.tolist() == [1] * 12
     features = trainer.features.of(batch, torch.device("cpu")).features[0]
     assert bool((features == 0).all(2).any())  # some frames are masked
+
+
+@pytest.mark.e2e
+def test_two_processes_share_clusters_and_trials(corpus, tmp_path):
+    """Both find the clusters of one process, evaluate together, and end."""
+    names = sorted(str(path.relative_to(corpus)) for path in corpus.rglob("*.wav"))[:12]
+    lines = [f"{int(a[:5] == b[:5])} {a} {b}" for i, a in enumerate(names) for b in names[i + 1 :]]
+    (tmp_path / "trials.txt").write_text("\n".join(lines) + "\n")
+    logs = []
+    for processes, batch in ((1, 8), (2, 4)):
+        out = tmp_path / str(processes)
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", "--standalone"]
+        settings = [f"run.batch={batch}", "run.threads=1", "run.steps=6", "run.log_every=1", "eval.every=3steps"]
+        settings += ["data.positives=clusters", "data.clusters=4", "data.cluster_start=2steps"]
+        settings += ["data.cluster_every=4steps", "data.layout=speaker", "optim.name=sgd", "optim.lr=0.001"]
+        command = [sys.executable, *(launch if processes == 2 else []), "-m", "s3prl_speaker_upstreams", "pretrain"]
+        command += ["--preset", "smoke", "--data", corpus, "--trials", tmp_path / "trials.txt", "--trials-root", corpus]
+        command += ["--out", out, "--set", *settings]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        logs.append([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
+    for one, two in zip(*logs, strict=True):
+        for key in ("positives_same_recording", "positives_same_speaker", "eer", "mean_eer"):
+            assert one.get(key) == (pytest.approx(two[key]) if key in two else None), (key, one, two)
+    assert sum("mean_eer" in row for row in logs[1]) == 2 and logs[1][-2]["positives_same_recording"] < 1
