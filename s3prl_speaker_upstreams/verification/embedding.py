@@ -7,6 +7,7 @@ the same network untrained, and plain FBANK statistics are measured under one po
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,16 @@ def embed_files(
     mine = [(number, os.fspath(paths[number])) for number in range(ranks.rank, len(paths), ranks.size)]
     work = _embedded(embed, mine, sample_rate, limit, batch_seconds, skip is not None)
     rows: dict[int, np.ndarray] = {}
-    with tqdm(total=len(paths), desc=progress, unit="file", disable=not progress, delay=2) as bar:
+    often = 0.5 if sys.stderr.isatty() else 20.0  # a log file wants few lines
+    with tqdm(
+        total=len(paths),
+        desc=progress,
+        unit="file",
+        disable=not progress,
+        delay=2,
+        mininterval=often,
+        maxinterval=often,
+    ) as bar:
         for found, unusable in _in_step(work, ranks):
             rows.update(found)
             bar.update(len(found) + len(unusable))
