@@ -142,6 +142,7 @@ example:
     p.add_argument("-o", "--out", required=True, metavar="FILE", help="the HTML file")
     p.add_argument("--title", default="Layer-wise similarity (linear CKA)")
     p.add_argument("--weights", nargs="*", default=[], metavar="[TASK=]PATH", help="also show these layer weights")
+    p.add_argument("--probes", nargs="*", default=[], metavar="FILE", help="also show these results of probe")
 
     p = add("probe", probe_cli.HELP, _MODEL_HELP + "\n" + probe_cli.EPILOG)
     probe_cli.add_arguments(p)
@@ -379,7 +380,14 @@ def _report(args: argparse.Namespace) -> int:
     from cka_addon.result import CKAResult
 
     weights = read_many(args.weights) if args.weights else ()
-    logger.info("wrote %s", write_report(CKAResult.load(args.result), args.out, weights=weights, title=args.title))
+    sections = []
+    if args.probes:
+        from cka_addon.probe.report import report_section
+        from cka_addon.probe.result import ProbeResult
+
+        sections = [report_section(ProbeResult.load(path)) for path in args.probes]
+    result = CKAResult.load(args.result)
+    logger.info("wrote %s", write_report(result, args.out, weights=weights, title=args.title, sections=sections))
     return 0
 
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from cka_addon import provenance
 from cka_addon.probe.result import ProbeResult, percent
 
-_STYLE = """
+HEADING = "Probes: what each layer knows"
+_PAGE_STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1200px;padding:0 1em;color:#222;background:#fff}
 h1{font-size:1.5em;margin-bottom:.2em}h2{font-size:1.15em;margin-top:2em}p.note{color:#555;max-width:60em}
+pre{background:#f5f5f5;padding:1em;overflow:auto;font-size:12px;max-height:40em}
+"""
+_STYLE = """
 .probe table{border-collapse:collapse;font-size:13px}.probe td,.probe th{border:1px solid #ccc;padding:.25em .6em;
 text-align:left;vertical-align:top}.probe td.n{text-align:right;font-variant-numeric:tabular-nums}
 .probe tr.control{background:#f4f4f4}.probe svg{max-width:100%;height:auto}
-.probe .bar{display:inline-block;height:.6em;background:#4c5c96}pre{background:#f5f5f5;padding:1em;overflow:auto;
-font-size:12px;max-height:40em}
+.probe .bar{display:inline-block;height:.6em;background:#4c5c96}
 """
 
 
@@ -60,11 +63,14 @@ def _interval(row: dict, metric: str) -> str:
     return "" if row.get("lower") is None else f"{percent(row['lower'], metric)} to {percent(row['upper'], metric)}"
 
 
-def report_section(result: ProbeResult) -> str:
-    """The probes as one HTML section: curves, maps, a table per property; for a page that has its own head."""
+def report_section(result: ProbeResult) -> tuple[str, str]:
+    """The probes as a section of a page that has its own head, (heading, HTML): curves, maps, a table per property.
+
+    `cka_addon.write_report(..., sections=[report_section(result)])` puts it into the report of a CKA result.
+    """
     from cka_addon.probe.plots import plot_curves, plot_map
 
-    parts = ['<section class="probe"><h2>Probes: what each layer knows</h2>']
+    parts = [f'<section class="probe"><style>{_STYLE}</style>']
     settings = result.details["settings"]
     parts.append(
         f'<p class="note">Linear probes on frozen layers, {settings["folds"]} folds of whole groups, intervals of '
@@ -93,7 +99,7 @@ def report_section(result: ProbeResult) -> str:
             )
             head = "".join(f"<th>{h}</th>" for h in ("vectors", "model", "layer", "CKA", "interval", "permuted"))
             parts.append(f"<table><tr>{head}</tr>{cells}</table>")
-    return "".join(parts) + "</section>"
+    return HEADING, "".join(parts) + "</section>"
 
 
 def write_report(result: ProbeResult, path: str | Path, *, title: str = "What each layer knows") -> Path:
@@ -101,9 +107,9 @@ def write_report(result: ProbeResult, path: str | Path, *, title: str = "What ea
     shown = html.escape(json.dumps(result.details, indent=1, default=str))
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<title>{html.escape(title)}</title><style>{_PAGE_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-{report_section(result)}
+{report_section(result)[1]}
 <h2>Provenance</h2><details><summary>everything that made these numbers</summary><pre>{shown}</pre></details>
 </body></html>
 """

@@ -25,7 +25,7 @@ from results import add_output, write_result
 
 from cka_addon.probe import solver
 
-CLASSES, HELD_OUT, PIECE = 40, 20_000, 8192
+CLASSES, HELD_OUT, PIECE = 40, 20_000, 1024
 
 
 class Layer:

@@ -270,4 +270,8 @@ def test_command_writes_everything(corpus, tmp_path, monkeypatch):
     text = (out / "report.html").read_text()
     assert "What each layer knows" in text and "http://" not in text.replace("http://www.w3.org", "")
     assert json.loads((out / "probe.provenance.json").read_text())["made_by"]["versions"]["torch"]
+    cka.compute([toy.model()], corpus, mode="full", progress=False).save(tmp_path / "cka.json")
+    command = ["report", "-q", str(tmp_path / "cka.json"), "-o", str(tmp_path / "both.html")]
+    assert main([*command, "--probes", str(out / "probe.json")]) == 0
+    assert "Probes: what each layer knows" in (tmp_path / "both.html").read_text()
     assert main(["probe", "-q", "-m", "fbank", "-a", str(corpus), "-l", f"{table}:nothing", "-o", str(out)]) == 1
