@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from cka_addon import align, audio, provenance
 from cka_addon.errors import AudioError, NonFinite, SpecError
-from cka_addon.hsic import check_finite
+from cka_addon.estimators import check_finite
 from cka_addon.models import Model, ModelInfo
 from cka_addon.probe import controls, made, units
 from cka_addon.probe.errors import ProbeError
@@ -35,6 +35,7 @@ from cka_addon.store import FeatureStore, format_bytes
 logger = logging.getLogger(__name__)
 
 BLOCK = 16  # utterances
+NO_TYPE = "examples without a type for the control task"
 GIVE_UP_AFTER = 20  # failures in a row: then it is the model or the folder, not a file
 
 
@@ -206,6 +207,9 @@ def pick(
         values: list[str | float] = [_value(prop, value)]
         times = np.array([seconds / 2])
         types = _types(prop, utterance, [], np.array([-1]), times)
+        if not types[0]:
+            counts.add(NO_TYPE)
+            return None
         return _Picked(
             values,
             types,
@@ -222,6 +226,7 @@ def pick(
         types = _types(prop, utterance, rows, chosen, middle[chosen])
         keep = [i for i, t in zip(chosen.tolist(), types, strict=True) if t]
         types = [t for t in types if t]
+        counts.add(NO_TYPE, len(chosen) - len(keep))
         if not keep:
             return None
 
@@ -252,6 +257,13 @@ def pick(
     types = _types(prop, utterance, rows, owner, moments[where])
     if prop.number is not None and prop.types is None:
         types = [f"{utterance}@{t:.4f}" for t in moments[where]]
+    if not all(types):
+        typed = np.array([bool(t) for t in types])
+        counts.add(NO_TYPE, int((~typed).sum()))
+        where = where[typed]
+        values, types = [v for v, t in zip(values, types, strict=True) if t], [t for t in types if t]
+        if not values:
+            return None
 
     def take_frames(m: int, layers: list[Tensor]) -> list[Tensor]:
         first, last = ranges[m]

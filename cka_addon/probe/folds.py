@@ -114,6 +114,8 @@ def make_folds(
 ) -> Folds:
     """Folds by group; by utterance, said in `why`, where classes are bound to groups (who speaks, by speaker).
 
+    Raises FoldError where classes are bound to single utterances too, or there are fewer groups than folds.
+
     >>> made = make_folds(["a", "a", "b", "b"], ["a", "a", "b", "b"], ["1", "2", "3", "4"], folds=2, seed=0)
     >>> made.by, made.why
     ('utterance', 'each class is found in one speaker only')
@@ -122,6 +124,11 @@ def make_folds(
         classes = len(set(labels))
         spanning = spans(groups, labels)
         if spanning < 2:
+            if spans(utterances, labels) < 2:
+                raise FoldError(
+                    f"each of {classes} classes is found in one utterance only, so none can be tested on other speech; "
+                    "expected classes that come back: other labels, or more recordings"
+                )
             text = "each class is found" if not spanning else f"all but {spanning} of {classes} classes are found"
             fold = deal(utterances, labels, folds, seed)
             return Folds(fold, folds, "utterance", f"{text} in one {by} only")

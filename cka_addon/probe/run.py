@@ -1,7 +1,7 @@
 """`probe`: from models (or stores) and labels to answers, resumable and in shards.
 
 OUT/plan.json              what was asked: a folder is continued by the same question only
-OUT/examples/              the layers at the labelled places (removed at the end unless they are to be kept)
+OUT/examples/              the layers at the labelled places (removed at the end, but not by shards)
 OUT/answers/               one file per property, probe and layer that is solved
 OUT/probe.json .csv ...    the result
 """
@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cka_addon import audio, provenance
@@ -161,6 +162,12 @@ def probe(
         if gathered is None:
             announce(f"{folder}: this shard is done, others are still missing")
             return None
+        lock = FileLock(folder / ".solve.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            announce(f"{folder}: this shard is done, another process solves")
+            return None
         about = {
             "group": by,
             "where": list([where] if isinstance(where, str) else where),
@@ -170,10 +177,14 @@ def probe(
             "recordings": str(recordings) if isinstance(recordings, (str, Path)) else None,
             "stores": [str(s.path) for s in reader.stores],
         }
-        result = _solve(
-            gathered, settings, group_of, by, within_of, reader.infos, roles, pairs, folder, plan, about, progress
-        )
-        if not keep_examples:
+        try:
+            result = _solve(
+                gathered, settings, group_of, by, within_of, reader.infos, roles, pairs, folder, plan, about, progress
+            )
+        finally:
+            lock.release()
+        # Another shard that ends now would make the examples again.
+        if not keep_examples and shard is None:
             shutil.rmtree(folder / "examples", ignore_errors=True)
         return result
     finally:

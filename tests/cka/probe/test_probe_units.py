@@ -86,6 +86,8 @@ def test_every_class_of_bound_labels_is_trained_on():
 def test_too_few_groups_and_shared_groups_are_refused():
     with pytest.raises(FoldError, match="got 3 groups for 5 folds"):
         folds.deal(["a", "b", "c"], None, 5, 0)
+    with pytest.raises(FoldError, match="each of 2 classes is found in one utterance only"):
+        folds.make_folds(["a", "b"], ["x", "y"], ["1", "2"], folds=2, seed=0)
     with pytest.raises(FoldError, match="group 'a' is in folds 0 and 1"):
         folds.check_disjoint(np.array([0, 1, 0]), ["a", "a", "b"])
 
