@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ..errors import CheckpointMismatch
 from .files import File, option
-from .format import INSIDE, NAMED, Format
+from .format import INSIDE, NAMED, Evidence, Format
 from .formats import BY_NAME
 
 __all__ = ["FORMATS", "as_told", "detect"]
@@ -38,27 +38,26 @@ ECAPA-TDNN in one of the formats native, speechbrain, sslsv, taoruijie, 3dspeake
     said = _said(file)
     if said is not None:
         return said
-    likeness = _likeness(file)
-    best = max(share for share, _ in likeness.values())
+    evidence = _evidence(file)
+    best = max(found.share for found in evidence.values())
     if best < _ENOUGH:
         raise CheckpointMismatch(
             f"{file.path}: got {_describe(file)}, expected an ECAPA-TDNN in one of the formats {', '.join(FORMATS)}"
-            + _nearest(likeness)
+            + _nearest(evidence)
             + _canonical_hint(file)
         )
-    likely = [kind for kind in BY_NAME.values() if likeness[kind.name][0] == best]
-    claims = {kind.name: kind.claim(file) for kind in likely}
-    chosen = max(likely, key=lambda kind: claims[kind.name].strength)
-    claim = claims[chosen.name]
-    if len(likely) > 1 and claim.strength <= NAMED:
+    likely = {name: found for name, found in evidence.items() if found.share == best}
+    name = max(likely, key=lambda name: likely[name].strength)
+    chosen, found = BY_NAME[name], likely[name]
+    if len(likely) > 1 and found.strength <= NAMED:
         logger.warning(
             "%s: the files of %s have the same keys and shapes but different front-ends, and nothing beside the file "
             "tells which it is; taken as %s by %s. To choose pass format=%s (%s)",
-            file.path, " and ".join(kind.title for kind in likely), chosen.title, claim.why,
-            " or format=".join(kind.name for kind in likely), option("format", chosen.name),
+            file.path, " and ".join(BY_NAME[name].title for name in likely), chosen.title, found.why,
+            " or format=".join(likely), option("format", name),
         )  # fmt: skip
     elif len(likely) > 1:
-        logger.info("%s: taken as %s (%s)", file.path, chosen.title, claim.why)
+        logger.info("%s: taken as %s (%s)", file.path, chosen.title, found.why)
     return chosen
 
 
@@ -86,20 +85,20 @@ sdpn, wespeaker)
                 file.path, said.name, told.name,
             )  # fmt: skip
         return said
-    likeness = _likeness(file)
-    claims = {kind.name: kind.claim(file) for kind in BY_NAME.values() if likeness[kind.name][0] >= _ENOUGH}
-    own, _ = likeness[told.name]
-    sure = own >= _ENOUGH and claims[told.name].strength >= INSIDE
-    for name in sorted(claims, key=lambda name: (likeness[name][0], claims[name].strength), reverse=True):
-        if name != told.name and not sure and (likeness[name][0] > own or claims[name].strength >= INSIDE):
+    evidence = _evidence(file)
+    own = evidence[told.name]
+    sure = own.share >= _ENOUGH and own.strength >= INSIDE
+    others = [name for name in evidence if name != told.name and evidence[name].share >= _ENOUGH]
+    for name in sorted(others, key=lambda name: (evidence[name].share, evidence[name].strength), reverse=True):
+        if not sure and (evidence[name].share > own.share or evidence[name].strength >= INSIDE):
             raise CheckpointMismatch(
                 f"{file.path}: got {_describe(file)}, expected {told.title} ({told.name}); the file looks like "
                 f"{BY_NAME[name].title}, pass {option('format', name)}"
             )
-    if own < _ENOUGH:
+    if own.share < _ENOUGH:
         raise CheckpointMismatch(
             f"{file.path}: got {_describe(file)}, expected {told.title} ({told.name}); the file looks like none of the "
-            f"known formats ({', '.join(FORMATS)}){_nearest(likeness)}{_canonical_hint(file)}"
+            f"known formats ({', '.join(FORMATS)}){_nearest(evidence)}{_canonical_hint(file)}"
         )
     return told
 
@@ -110,8 +109,8 @@ def _said(file: File) -> Format | None:
     return next((kind for kind in BY_NAME.values() if kind.metadata_format and kind.metadata_format == stated), None)
 
 
-def _likeness(file: File) -> dict[str, tuple[float, str]]:
-    """For each format the share of its tensors that a file has, and the first that it lacks; strangers by name."""
+def _evidence(file: File) -> dict[str, Evidence]:
+    """For each format how near a file is to it; strangers are refused by name."""
     group = next((name for name in file.tensors if ".group_tdnn_block." in name or ".mconv." in name), None)
     if group is not None or any(name.startswith("encoder.feature_agg.") for name in file.tensors):
         raise CheckpointMismatch(
@@ -119,7 +118,7 @@ def _likeness(file: File) -> dict[str, tuple[float, str]]:
             "group convolutions in place of Res2 and TitaNet is another network: neither can be loaded as ECAPA-TDNN. "
             "Use a checkpoint of another project, for example the entry ecapa_tdnn (SpeechBrain)"
         )
-    return {name: kind.likeness(file) for name, kind in BY_NAME.items()}
+    return {name: kind.evidence(file) for name, kind in BY_NAME.items()}
 
 
 def _describe(file: File) -> str:
@@ -128,16 +127,17 @@ def _describe(file: File) -> str:
     return f"{len(file.tensors)} tensors, first {next(iter(file.tensors))!r}"
 
 
-def _nearest(likeness: Mapping[str, tuple[float, str]]) -> str:
-    name = max(likeness, key=lambda name: likeness[name][0])
-    share, lacking = likeness[name]
-    # A few names such as "conv1.weight" are in any file.
-    return f"; the nearest is {BY_NAME[name].title} ({share:.0%} of its names), first without {lacking!r}" * (
-        share > 0.1
-    )
+def _nearest(evidence: Mapping[str, Evidence]) -> str:
+    name = max(evidence, key=lambda name: evidence[name].share)
+    share, lacking = evidence[name][:2]
+    if share <= 0.1:  # a few names such as "conv1.weight" are in any file
+        return ""
+    return f"; the nearest is {BY_NAME[name].title} ({share:.0%} of its names), first without {lacking!r}"
 
 
 def _canonical_hint(file: File) -> str:
+    if {"config", "task"} <= file.entries:
+        return "; it is a checkpoint of this package's pre-training: s3prl-speaker export RUN FILE makes a model of it"
     if any("block_1.conv.weight" in name for name in file.tensors):
         return "; it has this package's own names but no configuration: save it with checkpoints.save_native"
     return ""

@@ -20,12 +20,12 @@ from torch import Tensor
 from ..ecapa.config import DIALECTS
 from ..errors import CheckpointMismatch
 from .checkpoint import NORM_LEAVES, Checkpoint
-from .files import File
+from .files import File, option
 from .networks import Network, find_networks
 from .porting import front_end_of, port, widths_of
 from .sidecars import Settings
 
-__all__ = ["COMMON", "INSIDE", "NAMED", "NOTHING", "SPECIFIC", "STATED", "Claim", "Format"]
+__all__ = ["COMMON", "INSIDE", "NAMED", "NOTHING", "SPECIFIC", "STATED", "Evidence", "Format"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +37,19 @@ _OPTIONAL = ("mfa.norm", "pool.norm", "embedding_norm")
 _MOST_RES2 = 15
 
 
-class Claim(NamedTuple):
-    """How surely a file is of a format (NOTHING to SPECIFIC), and what says so.
+class Evidence(NamedTuple):
+    """How near a file is to a format.
 
-    >>> Claim().strength == NOTHING
+    share : of the format's tensors, those that the likeliest network of the file has; lacking : the first of the others
+    strength : how surely it is of this format among those that have the same tensors (NOTHING to SPECIFIC); why : what
+        says so
+
+    >>> Evidence().strength == NOTHING
     True
     """
 
+    share: float = 0.0
+    lacking: str = ""
     strength: int = NOTHING
     why: str = ""
 
@@ -61,6 +67,7 @@ class Format:
     ignored : regular expressions (matched at the start) of tensors that belong to the training, not to the network
     buffers : front-end tensors that the file carries, ``{"window": key, "mel": key, "preemphasis": key}``
     pairs : the project itself trains a teacher and a student, so that which one is used is its own rule
+    teacher_used : what some name in the file must have as a part for the teacher to be the one that is used
     alone : role of a network that is the only one in its file
     teacher_head : beginning of names that the average of a self-supervised training, its teacher alone, keeps
 
@@ -91,6 +98,7 @@ class Format:
     ignored: tuple[str, ...] = ()
     buffers: Mapping[str, str] = {}
     pairs: bool = False
+    teacher_used: str = ""
     alone: str = "supervised"
     teacher_head: str = ""
 
@@ -109,16 +117,12 @@ class Format:
 
     # --- what a project says in its own words -----------------------------------------------------------------------
 
-    def settings(self, path: Path) -> Settings:
-        """What the project's own configuration beside a weights file states.
+    def settings(self, path: Path, source: Path | None) -> Settings:
+        """What the project's own configuration of a weights file states; `source` is its file, None if there is none.
 
         Raises CheckpointMismatch if it describes a model or front-end that cannot be had.
         """
         return Settings()
-
-    def default_role(self, networks: list[Network], file: File) -> str:
-        """Which of several networks its project uses."""
-        return "teacher" if any(network.role == "teacher" for network in networks) else networks[0].role
 
     def find(self, folder: Path, role: str | None = None) -> list[Path]:
         """Weights files of a folder that its project laid out, best first; of numbered ones the latest comes first."""
@@ -161,36 +165,36 @@ class Format:
         absent = tuple(f"{module}." for module in _OPTIONAL if f"{self.modules.get(module, '')}.weight" not in state)
         return {ours: name for ours, name in self.names(count).items() if not ours.startswith(absent)}
 
-    def likeness(self, file: File) -> tuple[float, str]:
-        """The share of this format's tensors that the likeliest network of a file has, and the first that it lacks."""
+    def evidence(self, file: File) -> Evidence:
+        """How near a file is to this format."""
+        networks = self.networks(file) if self.modules else []
         best, lacking = 0.0, ""
-        for network in self.networks(file) if self.modules else ():
+        for network in networks:
             names = [name for name in self.wanted(network.state).values() if not name.endswith("num_batches_tracked")]
             missing = [name for name in names if name not in network.state]
             if (share := 1 - len(missing) / len(names)) > best:
                 best, lacking = share, missing[0] if missing else ""
-        return best, lacking
+        return Evidence(best, lacking, *self._claim(file, networks))
 
-    def claim(self, file: File) -> Claim:
-        """What says, beyond the tensors' names, that a file is of this format."""
-        networks = self.networks(file)
+    def _claim(self, file: File, networks: list[Network]) -> tuple[int, str]:
+        """What says, beyond the tensors' names, that a file is of this format, and how surely."""
         if self.within and any(self._is_within(network, file) for network in networks):
-            return Claim(SPECIFIC if self.own_entries & file.entries else INSIDE, f"{self.within} and heads")
+            return (SPECIFIC if self.own_entries & file.entries else INSIDE, f"{self.within} and heads")
         for name, content in self.told_by:
             place = self.beside(file.path, name)
             if place is not None and (not content or re.search(content, _text(place), re.DOTALL)):
-                return Claim(STATED, f"{place} beside it is {self.title}'s")
-        folder = file.path.parent.name
-        if self.told_by_folder and re.match(self.told_by_folder, folder):
-            return Claim(STATED, f"the folder {folder} is of a {self.title} training")
+                return (STATED, f"{place} beside it is {self.title}'s")
+        for folder in (place.parent.name for place in _places(file.path)):
+            if self.told_by_folder and re.match(self.told_by_folder, folder):
+                return (STATED, f"the folder {folder} is of a {self.title} training")
         if self.told_by_name and re.search(self.told_by_name, file.path.name):
-            return Claim(NAMED, f"its name {file.path.name}")
+            return (NAMED, f"its name {file.path.name}")
         if self.within and any(network.where.endswith(self.within) for network in networks):
-            return Claim(NAMED, f"its tensors' names, {self.within}")
+            return (NAMED, f"its tensors' names, {self.within}")
         embeddings = (network.state.get(f"{self.modules['embedding']}.weight") for network in networks)
         if self.told_by_width and any(w is not None and len(w) == self.told_by_width for w in embeddings):
-            return Claim(NAMED, f"the width of its embedding, {self.told_by_width}")
-        return Claim(COMMON, "being the commonest") if self.common else Claim()
+            return (NAMED, f"the width of its embedding, {self.told_by_width}")
+        return (COMMON, "being the commonest") if self.common else (NOTHING, "")
 
     def _is_within(self, network: Network, file: File) -> bool:
         if not network.where.endswith(self.within):
@@ -202,9 +206,12 @@ class Format:
 
     def beside(self, path: Path, name: str) -> Path | None:
         """A neighbour of a weights file: in its folder, or above where its training's folders have it there."""
-        above = next((n for pattern, n in self.levels.items() if re.fullmatch(pattern, path.parent.name)), 0)
-        places = [folder / name for folder in list(path.parents)[: above + 1]]
-        return next((place for place in places if place.is_file()), None)
+        for place in _places(path):
+            above = next((n for pattern, n in self.levels.items() if re.fullmatch(pattern, place.parent.name)), 0)
+            for folder in list(place.parents)[: above + 1]:
+                if (folder / name).is_file():
+                    return folder / name
+        return None
 
     # --- reading it --------------------------------------------------------------------------------------------------
 
@@ -223,7 +230,7 @@ class Format:
         )  # fmt: skip
         widths, dialect = widths_of(state), DIALECTS[self.dialects[0]]
         frontend, buffers = front_end_of(network, self.buffers, dialect.frontend, file.path)
-        settings = self.settings(file.path)
+        settings = self.settings(file.path, self.beside(file.path, self.configuration) if self.configuration else None)
         for key, value in settings.ecapa.items():
             if key in widths and widths[key] != value:
                 raise CheckpointMismatch(
@@ -245,7 +252,7 @@ class Format:
         if not networks:
             raise CheckpointMismatch(f"{file.path}: got no tensors of {self.title} ({self.name})")
         roles = list(dict.fromkeys(network.role for network in networks))
-        wanted = role or self.default_role(networks, file)
+        wanted = role or self._used(roles, file)
         if wanted not in roles:
             raise CheckpointMismatch(
                 f"{file.path}: got a {self.title} file with {' and '.join(f'the {r} network' for r in roles)}, "
@@ -272,18 +279,31 @@ class Format:
         if len(copies) > 1 and copy is None:
             logger.warning(
                 "%s: holds the trained weights and an averaged copy of them; reading the average (%s); for the other "
-                "pass copy=raw (command line: --copy raw)", file.path, network.where,
+                "pass %s", file.path, network.where, option("copy", "raw"),
             )  # fmt: skip
         if len(roles) > 1 and role is None:
             logger.log(
-                logging.INFO if self.pairs else logging.WARNING, "%s: reading the %s (%s); for the other pass role=",
-                file.path, wanted, network.where,
+                logging.INFO if self.pairs else logging.WARNING, "%s: reading the %s (%s); for the other pass %s",
+                file.path, wanted, network.where, option("role", next(r for r in roles if r != wanted)),
             )  # fmt: skip
         return network, others
+
+    def _used(self, roles: list[str], file: File) -> str:
+        """Which of several networks the project uses."""
+        if "teacher" in roles and (
+            not self.teacher_used or any(self.teacher_used in path.split(".") for path in file.tensors)
+        ):
+            return "teacher"
+        return "student" if "student" in roles else roles[0]
 
     def _where_else(self, role: str) -> str:
         """Where the project keeps a network that this file does not hold, as an ending of the message."""
         return ""
+
+
+def _places(path: Path) -> tuple[Path, Path]:
+    """A file's path in full, and that of the file which it may link to: a training's neighbours are beside either."""
+    return path.absolute(), path.resolve()
 
 
 def _age(path: Path) -> list[int]:

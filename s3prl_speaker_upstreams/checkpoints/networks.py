@@ -73,21 +73,21 @@ def find_networks(tensors: Mapping[str, Tensor], names: Collection[str]) -> list
         for i in range(len(parts)):
             if ".".join(parts[i:]) in names:
                 votes["".join(f"{part}." for part in parts[:i])] += 1
-    places = [where for where in dict.fromkeys(votes) if votes[where] >= max(1, max(votes.values()) // 2)]
-    kinds = {where: _kind(where, plain) for where in places}
-    paired = {role for role, _ in kinds.values()} & {"teacher", "student"}
-    networks = []
-    for where, (role, copy) in kinds.items():
-        state = {path[len(where) :]: tensor for path, tensor in plain.items() if path.startswith(where)}
-        # Beside a teacher, what is not called anything is the student (sslsv's "encoder", "encoder_momentum").
-        role = role or ("student" if "teacher" in paired else "supervised")
-        networks.append(Network(where, state, role, copy))
-    return networks
-
-
-def _kind(where: str, plain: Mapping[str, Tensor]) -> tuple[str | None, str]:
-    parts = where.split(".")[:-1]
-    role = "teacher" if TEACHERS & set(parts) else "student" if STUDENTS & set(parts) else None
-    # torch's AveragedModel counts beside its copy how often it was updated.
-    averaged = f"{where}n_averaged" in plain or any(AVERAGED.fullmatch(part) for part in parts)
-    return role, "ema" if averaged and role != "teacher" and _TRAINED not in parts else "raw"
+    most = max(votes.values(), default=0)
+    found: dict[str, tuple[str, str]] = {}
+    for where, count in votes.items():
+        if count < max(1, most // 2):
+            continue
+        named = set(where.split("."))
+        role = "teacher" if TEACHERS & named else "student" if STUDENTS & named else ""
+        # torch's AveragedModel counts beside its copy how often it was updated.
+        averaged = f"{where}n_averaged" in plain or any(map(AVERAGED.fullmatch, named))
+        found[where] = role, "ema" if averaged and role != "teacher" and _TRAINED not in named else "raw"
+    # Beside a teacher, what is not called anything is the student (sslsv's "encoder", "encoder_momentum").
+    unnamed = "student" if ("teacher", "raw") in found.values() else "supervised"
+    return [
+        Network(
+            where, {path[len(where) :]: plain[path] for path in plain if path.startswith(where)}, role or unnamed, copy
+        )
+        for where, (role, copy) in found.items()
+    ]

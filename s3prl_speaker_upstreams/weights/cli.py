@@ -174,13 +174,17 @@ def _info(args: argparse.Namespace) -> int:
         if args.name not in REGISTRY and looks_like_path:
             return _info_file(Path(args.name), args)  # says that there is none
         entry = lookup(args.name)
-        path = cached(entry.name)
     except SpeakerUpstreamError as error:
         return _fail(error)
+    path, place = None, f"no; `fetch {entry.name}` or put it by hand at {by_hand_path(entry)}"
+    try:
+        path = cached(entry.name)
+    except SpeakerUpstreamError as error:
+        place = f"unusable: {error}"
     facts = {key: value for key, value in vars(entry).items() if value not in (None, "")}
     facts["size"] = entry.size_text
     facts.pop("size_exact", None)
-    facts["cached"] = str(path) if path else f"no; `fetch {entry.name}` or put it by hand at {by_hand_path(entry)}"
+    facts["cached"] = str(path) if path else place
     if path is not None and path.is_file():
         facts["bytes"] = path.stat().st_size
     if entry.shipped and path is not None:

@@ -83,8 +83,9 @@ def hub_download(entry: PublicCheckpoint, *, endpoint: str | None, refresh: bool
 
     Raises NotAHub where the server is a plain mirror; DownloadError if the file cannot be had.
 
-    >>> hub_download  # doctest: +ELLIPSIS
-    <function hub_download at ...>
+    >>> from s3prl_speaker_upstreams.weights import lookup
+    >>> hub_download(lookup("ecapa_tdnn"), endpoint=None, refresh=False, progress=True, remedy="")  # doctest: +SKIP
+    PosixPath('/home/me/.cache/huggingface/hub/models--speechbrain--spkrec-ecapa-voxceleb/snapshots/0f99f2d...')
     """
     from huggingface_hub import hf_hub_download
 

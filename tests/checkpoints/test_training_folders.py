@@ -119,6 +119,16 @@ def test_a_speechbrain_training_is_read_with_its_options(speechbrain_training, c
     assert found.ecapa.dilations == (3, 4, 5)
 
 
+def test_the_way_to_a_checkpoint_does_not_matter(speechbrain_training, threed_training, tmp_path, monkeypatch):
+    """A relative path from within the folder, and a link from elsewhere, have the same neighbours."""
+    for (_, file), format in ((speechbrain_training(), "speechbrain"), (threed_training(), "3dspeaker")):
+        monkeypatch.chdir(file.parent)
+        (tmp_path / f"{format}.ckpt").symlink_to(file)
+        for place in (file.name, f"../{file.parent.name}/{file.name}", tmp_path / f"{format}.ckpt"):
+            found = read_checkpoint(place)
+            assert (found.format, found.ecapa.dilations) == (format, (3, 4, 5)), place
+
+
 def test_the_options_are_worth_reading(speechbrain_training):
     """What going without them would cost: that the right value above is not that of the defaults."""
     root, file = speechbrain_training()

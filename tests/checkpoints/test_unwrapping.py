@@ -94,7 +94,7 @@ def test_which_copy_is_said_and_chosen(wrapped, name, caplog):
     path, raw, ema = wrapped(name)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(read_checkpoint(path).state["mfa.conv.bias"], ema["mfa.conv.bias"])
-    assert "reading the average" in caplog.text and "copy=raw" in caplog.text
+    assert "reading the average" in caplog.text and "--copy raw (copy='raw'" in caplog.text
     for copy, expected in (("raw", raw), ("ema", ema)):
         caplog.clear()
         assert torch.equal(read_checkpoint(path, copy=copy).state["mfa.conv.bias"], expected["mfa.conv.bias"])

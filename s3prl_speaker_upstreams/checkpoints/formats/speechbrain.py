@@ -75,7 +75,7 @@ _RELU = ("ReLU", "torch.nn.ReLU", "torch.nn.modules.activation.ReLU")
 class SpeechBrain(Format):
     """SpeechBrain's ECAPA-TDNN.
 
-    >>> SpeechBrain().settings(Path("/nowhere/embedding_model.ckpt")).ecapa
+    >>> SpeechBrain().settings(Path("/nowhere/embedding_model.ckpt"), None).ecapa
     {}
     """
 
@@ -106,8 +106,7 @@ class SpeechBrain(Format):
         # A training saves in the middle of epochs, too: what ended one comes before that.
         return sorted(found, key=lambda path: mentions(path.parent / "CKPT.yaml", "end-of-epoch: false"))
 
-    def settings(self, path: Path) -> Settings:
-        source = self.beside(path, self.configuration)
+    def settings(self, path: Path, source: Path | None) -> Settings:
         data = read_yaml(source) if source is not None else {}
         if source is None or not data:
             return Settings()

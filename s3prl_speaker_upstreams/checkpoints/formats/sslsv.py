@@ -10,9 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import File
 from ..format import Format
-from ..networks import Network
 from ..sidecars import Settings, arguments, expect, layer_widths, read_yaml
 from .speechbrain import MODULES
 
@@ -30,6 +28,9 @@ class Sslsv(Format):
     title = "sslsv"
     dialects = ("sslsv",)
     pairs = True
+    # DINO is the method with a momentum head; sslsv embeds with DINO's momentum encoder, with MoCo's, BYOL's and every
+    # other method's plain encoder.
+    teacher_used = "head_momentum"
     modules = {
         ours: theirs.removesuffix(".norm") if theirs.endswith((".norm.norm", "asp_bn.norm")) else theirs
         for ours, theirs in MODULES.items()
@@ -51,15 +52,7 @@ class Sslsv(Format):
     configuration = "config.yml"
     levels = {"checkpoints": 1}
 
-    def default_role(self, networks: list[Network], file: File) -> str:
-        # DINO is the method with a momentum head; sslsv embeds with DINO's momentum encoder, with MoCo's, BYOL's and
-        # every other method's plain encoder.
-        if any(part == "head_momentum" for path in file.tensors for part in path.split(".")):
-            return "teacher"
-        return "student" if any(network.role == "student" for network in networks) else networks[0].role
-
-    def settings(self, path: Path) -> Settings:
-        source = self.beside(path, self.configuration)
+    def settings(self, path: Path, source: Path | None) -> Settings:
         encoder = read_yaml(source).get("encoder") if source is not None else None
         if source is None or not isinstance(encoder, dict):
             return Settings()

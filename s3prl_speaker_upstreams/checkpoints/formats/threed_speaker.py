@@ -40,13 +40,12 @@ class _ThreeDSpeaker(Format):
     levels = {r"CKPT-.*": 2, "models": 1}
     component: str  # of the configuration, the network that is used
 
-    def settings(self, path: Path) -> Settings:
+    def settings(self, path: Path, source: Path | None) -> Settings:
         published = path.parent / "configuration.json"
         model = read_json(published).get("model")
         told = model.get("model_config") if isinstance(model, dict) else None
         if isinstance(told, dict):
             expect(published, "sample_rate", told.get("sample_rate", 16000), 16000)
-        source = self.beside(path, self.configuration)
         data = read_yaml(source) if source is not None else {}
         model = data.get(self.component)
         if source is None or not isinstance(model, dict) or "obj" not in model:

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointMismatch
-from ..files import File
 from ..format import Format
-from ..networks import Network
 from ..sidecars import Settings, arguments, expect, read_yaml
 
 __all__ = ["FORMATS", "WeSpeaker"]
@@ -33,6 +31,7 @@ class WeSpeaker(Format):
     title = "WeSpeaker"
     dialects = ("wespeaker",)
     pairs = True
+    teacher_used = "t_model"  # DINO's; MoCo is used by its query encoder, which is the trained one
     teacher_head = "projection_head."  # that of a classifier is "projection"
     modules = {
         "block_1.conv": "layer1.conv",
@@ -64,12 +63,6 @@ class WeSpeaker(Format):
     configuration = "config.yaml"
     levels = {"models": 1}
 
-    def default_role(self, networks: list[Network], file: File) -> str:
-        # DINO is used by its teacher, MoCo by its query encoder, which is the trained one.
-        if any("encoder_q." in network.where for network in networks):
-            return "student"
-        return super().default_role(networks, file)
-
     def find(self, folder: Path, role: str | None = None) -> list[Path]:
         found = super().find(folder, role)
         if role == "student":  # which an average does not hold
@@ -79,8 +72,7 @@ class WeSpeaker(Format):
     def _where_else(self, role: str) -> str:
         return " (WeSpeaker's models/model_N.pt hold both)" if role == "student" else ""
 
-    def settings(self, path: Path) -> Settings:
-        source = self.beside(path, self.configuration)
+    def settings(self, path: Path, source: Path | None) -> Settings:
         data = read_yaml(source) if source is not None else {}
         if source is None or not data:
             return Settings()
