@@ -11,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,12 @@ def room(seed: int) -> np.ndarray:
     response = np.random.default_rng(seed).normal(0, 0.1, 2400) * decay
     response[0] = 1.0
     return (0.5 * response).astype("float32")
+
+
+@pytest.fixture(scope="session")
+def toy() -> SimpleNamespace:
+    """The makers of toy recordings: ``voice``, ``noise``, ``room``, ``write``."""
+    return SimpleNamespace(voice=voice, noise=noise, room=room, write=write)
 
 
 @pytest.fixture(scope="session")
