@@ -25,6 +25,7 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 export PYTHON
 upstream=$1
+every=$((UPDATES < 50 ? UPDATES : 50)) # updates between two evaluations
 shift
 
 for task in $TASKS; do
@@ -37,6 +38,6 @@ for task in $TASKS; do
     touch "$data/.whole"
   fi
   DATA=$data "$RECIPE/run.sh" "$task" "$upstream" --device "${DEVICE:-cpu}" --workers 0 --lr "$RATES" \
-    --set "runner.total_steps=$UPDATES" --set runner.eval_step=50 --set runner.save_step=50 --set runner.log_step=50 \
+    --set "runner.total_steps=$UPDATES" --set "runner.eval_step=$every" --set "runner.save_step=$every" --set "runner.log_step=$every" \
     --set "runner.eval_dataloaders=[dev]" --set runner.gradient_accumulate_steps=1 "$@"
 done
