@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import probe_toy as toy
 
 import cka_addon as cka
+from cka_addon import audio
 from cka_addon.cli import main
 from cka_addon.errors import NonFinite, SpecError
 from cka_addon.models import Model
@@ -275,3 +276,52 @@ def test_command_writes_everything(corpus, tmp_path, monkeypatch):
     assert main([*command, "--probes", str(out / "probe.json")]) == 0
     assert "Probes: what each layer knows" in (tmp_path / "both.html").read_text()
     assert main(["probe", "-q", "-m", "fbank", "-a", str(corpus), "-l", f"{table}:nothing", "-o", str(out)]) == 1
+
+
+class Clocked(torch.nn.Module):
+    """Features that are the centre of their frame, in seconds."""
+
+    def __init__(self, shift, first_center):
+        super().__init__()
+        self.frame_shift, self.first_center = shift, first_center
+
+    def forward(self, wavs):
+        frames = int((len(wavs[0]) / 16000 - self.first_center) / self.frame_shift + 1e-6)
+        times = self.first_center + self.frame_shift * torch.arange(frames)
+        return {"hidden_states": [torch.stack([times, times**2], 1)[None]]}
+
+
+def test_models_on_different_clocks_get_the_same_moments(corpus, tmp_path):
+    """Every example of every model comes from the time that its label says."""
+    models = [
+        Model(Clocked(0.02, 0.0125), "slow"),
+        Model(Clocked(0.01, 0.0), "fast"),
+        Model(Clocked(0.01, 0.0125), "odd"),
+    ]
+    rows = [(f"s{i // 6:02d}/{i % 6}", k / 10 + 0.003, k / 10 + 0.09) for i in range(72) for k in range(9)]
+    (tmp_path / "p.ctm").write_text(
+        "".join(f"{u} 1 {a:.3f} {b - a:.3f} {'xyz'[int(a * 10) % 3]}\n" for u, a, b in rows)
+    )
+    from cka_addon.probe.examples import Reader, gather
+    from cka_addon.probe.labels import Labels
+    from cka_addon.probe.made import Material
+    from cka_addon.probe.run import _property
+
+    reader = Reader(models, [], audio.find_recordings(corpus), Material(), 0)
+    wanted = [f"{tmp_path}/p.ctm", f"frame={tmp_path}/p.ctm@frame", "computed:position"]
+    properties = [_property(w, reader, {}, [], lambda text: None) for w in wanted]
+    assert isinstance(properties[0].labels, Labels)
+    made = gather(properties, reader, tmp_path / "out", per_utterance=None, seed=0, progress=False)
+    for name in ("frame", "position"):
+        found = made[name].rows()
+        assert len(found) > 2000
+        for model, most in (("slow", 1e-6), ("fast", 0.0051), ("odd", 0.0051)):
+            away = np.abs(made[name].layer(model, "layer_0")[:, 0].numpy() - found.times)
+            assert away.max() <= most, (name, model)
+    frame = made["frame"].rows()
+    assert all("xyz"[int((t - 0.003) * 10) % 3] == v for t, v in zip(frame.times, frame.values, strict=True))
+    segments = made["p"].rows()
+    assert len(segments) == len(rows)
+    for model, shift in (("slow", 0.02), ("fast", 0.01), ("odd", 0.01)):
+        middle = made["p"].layer(model, "layer_0")[:, 0].numpy()
+        assert np.abs(middle - segments.times).max() <= shift / 2 + 1e-6, model
