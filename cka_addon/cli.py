@@ -77,6 +77,18 @@ examples:
     )
     p.add_argument("--parquet", action="store_true", help="also write FILE.parquet")
     add_arguments(p, Options)
+    p.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="FILE:COLUMN=VALUE",
+        help="only these recordings; repeat for more",
+    )
+    p.add_argument(
+        "--within",
+        metavar="FILE:COLUMN",
+        help="take the mean of each group away from every layer (path:speaker: is what layers share only the speaker?)",
+    )
 
     p = add(
         "merge",
@@ -265,11 +277,33 @@ def _compute(args: argparse.Namespace) -> int:
 
     device = _device(args)
     rank, _ = _processes(device)
+    options = from_args(args, Options)
+    source = None
+    if args.where or args.within:
+        from cka_addon.probe.grouped import grouped
+        from cka_addon.sources import open_source
+
+        source = grouped(
+            open_source(
+                args.model or None,
+                args.audio,
+                stores=args.store or None,
+                limit=args.limit,
+                skip_unreadable=args.skip_unreadable,
+                device=device,
+            ),
+            where=args.where,
+            within=args.within,
+            per_utterance=options.examples == "means",
+            progress=not args.quiet and rank == 0,
+            announce=_say(rank),
+        )
     state = gather(
         args.model or None,
         args.audio,
         stores=args.store or None,
-        options=from_args(args, Options),
+        options=options,
+        source=source,
         shard=args.shard,
         limit=args.limit,
         skip_unreadable=args.skip_unreadable,

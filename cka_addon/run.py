@@ -180,6 +180,7 @@ def gather(
         "form": form,
         "models": [{k: v for k, v in i.to_dict().items() if k != "provenance"} for i in source.infos],
         "weights": [i.provenance.get("weights_sha256") for i in source.infos],
+        "grouped": getattr(source, "grouped", {}),
         "utterances": len(ids),
         "units": len(members),
         "utterances_sha256": hashlib.sha256(
@@ -188,7 +189,7 @@ def gather(
     }
     plan = json.loads(json.dumps(plan))
     state = State(plan, list(source.infos), options, form, left_out=dict(source.left_out))
-    state.made_by = [provenance.collect(shard=f"{index}/{count}", device=device)]
+    state.made_by = [provenance.collect(shard=f"{index}/{count}", device=device, **plan["grouped"])]
     if options.mode == "full" and form == "stream":
         _check_memory(state, announce)
     mine = [b for b in range(len(blocks)) if b % workers == (index - 1) * world + rank]

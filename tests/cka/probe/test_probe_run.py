@@ -325,3 +325,41 @@ def test_models_on_different_clocks_get_the_same_moments(corpus, tmp_path):
     for model, shift in (("slow", 0.02), ("fast", 0.01), ("odd", 0.01)):
         middle = made["p"].layer(model, "layer_0")[:, 0].numpy()
         assert np.abs(middle - segments.times).max() <= shift / 2 + 1e-6, model
+
+
+def test_similarity_where_and_within(corpus, tmp_path):
+    """Two models that share nothing but the speaker are alike until its mean is taken away."""
+    table = toy.table(tmp_path)
+
+    class Speaker(torch.nn.Module):
+        frame_shift, first_center = 0.02, 0.01
+
+        def __init__(self, seed):
+            super().__init__()
+            self.seed = seed
+
+        def forward(self, wavs):
+            index = round(float(wavs[0][0]) * 1000) - 1
+            g = torch.Generator().manual_seed(977 * self.seed + index)
+            offset = 3 * torch.randn(8, generator=torch.Generator().manual_seed(index // toy.EACH))
+            return {"hidden_states": [(offset + torch.randn(50, 8, generator=g))[None]]}
+
+    from cka_addon.finish import finish
+    from cka_addon.probe.grouped import grouped
+    from cka_addon.run import gather
+    from cka_addon.sources import open_source
+
+    def value(**options):
+        source = open_source([Model(Speaker(1), "a"), Model(Speaker(2), "b")], corpus)
+        source = grouped(source, progress=False, **options)
+        result = finish(gather(source=source, mode="full", progress=False))
+        assert result.details["made_by"][0]["options"].get("within") == options.get("within")
+        return float(result.values[0, 1]), result.details["counts"]["utterances"]
+
+    assert value()[0] > 0.7
+    assert abs(value(within="path:speaker")[0]) < 0.05
+    assert value(where=[f"{table}:half=a"])[1] == 36
+    with pytest.raises(LabelError, match="no recording has that value"):
+        value(where=[f"{table}:half=z"])
+    arguments = ["compute", "-q", "-m", "fbank", "-a", str(corpus), "-o", str(tmp_path / "x.json")]
+    assert main([*arguments, "--where", f"{table}:half", "--mode", "full"]) == 1
