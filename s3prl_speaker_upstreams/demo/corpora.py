@@ -16,7 +16,6 @@ import json
 import logging
 import random
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE, find_audio, write_audio
+from s3prl_speaker_upstreams.common.commands import run_command
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.demo.voices import KINDS, Voices
 from s3prl_speaker_upstreams.demo.voxceleb import lay_out_voxceleb1, read_clip
-from s3prl_speaker_upstreams.errors import SpeakerUpstreamError
 from s3prl_speaker_upstreams.superb.errors import CorpusError, UnknownTask
 
 __all__ = ["GENERATORS", "SPEECH", "WORDS", "generate", "lay_out_speech"]
@@ -513,13 +512,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see ``--help``."""
     parser = argparse.ArgumentParser(prog="python -m s3prl_speaker_upstreams.demo.corpora", **_HELP)
     _add_options(parser)
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return args.func(args)
-    except SpeakerUpstreamError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 1
+    return run_command(parser, argv)
 
 
 if __name__ == "__main__":

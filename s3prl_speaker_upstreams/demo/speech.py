@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE, find_audio, probe
+from s3prl_speaker_upstreams.common.commands import run_command
 from s3prl_speaker_upstreams.common.files import write_text
 from s3prl_speaker_upstreams.demo import espeak
 from s3prl_speaker_upstreams.demo.voxceleb import lay_out_voxceleb1
-from s3prl_speaker_upstreams.errors import BadAudio, ConfigError, DownloadError, MissingPackage, SpeakerUpstreamError
+from s3prl_speaker_upstreams.errors import BadAudio, ConfigError, DownloadError, MissingPackage
 
 __all__ = ["accuracy", "espeak_speakers", "main", "speakers_in"]
 
@@ -234,13 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m s3prl_speaker_upstreams.demo``."""
     parser = argparse.ArgumentParser(prog="python -m s3prl_speaker_upstreams.demo", description=__doc__)
     add_parsers(parser.add_subparsers(required=True))
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return args.func(args)
-    except SpeakerUpstreamError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        return 1
+    return run_command(parser, argv)
 
 
 if __name__ == "__main__":

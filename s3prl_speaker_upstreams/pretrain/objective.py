@@ -1,8 +1,8 @@
 """What a run learns: the interface that the trainer drives, and the parts that all objectives share.
 
-An objective maps features of crops to a loss. :func:`build_objective` makes the one that ``method`` names; each stands
-in a module of its own: :mod:`.dino` (DINO, RDINO, SDPN), :mod:`.supervised` (AAM-softmax, softmax), :mod:`.pairs`
-(SimCLR, VICReg).
+An objective maps features of crops to a loss. :func:`.objectives.build_objective` makes the one that ``method``
+names; each stands in a module of its own: :mod:`.dino` (DINO, RDINO, SDPN), :mod:`.supervised` (AAM-softmax, softmax),
+:mod:`.pairs` (SimCLR, VICReg).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..data.masking import mask_features
 from ..ecapa import Ecapa, EcapaConfig, Frontend, FrontendConfig, Ragged, SpeakerEncoder
 from ..ecapa.config import DIALECTS
 from ..errors import ConfigError
-from .config import ModelConfig, PretrainConfig
+from .config import ModelConfig
 
 __all__ = [
     "ENCODERS",
@@ -28,7 +28,6 @@ __all__ = [
     "CropFeatures",
     "Crops",
     "Objective",
-    "build_objective",
     "model_configs",
     "parameter_groups",
     "roles_of",
@@ -205,29 +204,6 @@ class Objective(nn.Module):
     def networks(self) -> dict[str, Ecapa]:
         """The ECAPA-TDNNs by role, the one to export first."""
         raise NotImplementedError
-
-
-def build_objective(config: PretrainConfig, classes: int = 0) -> Objective:
-    """The objective that ``config.method`` names around a new encoder.
-
-    >>> from .config import load
-    >>> type(build_objective(load("smoke"))).__name__
-    'Dino'
-    """
-    from .dino import Dino
-    from .pairs import Simclr, Vicreg
-    from .supervised import Supervised
-
-    ecapa, _ = model_configs(config.model)
-    encoder = CropEncoder(Ecapa(ecapa), config.run.precision, config.run.compile)
-    dim = ecapa.embedding_dim
-    if config.method == "dino":
-        return Dino(encoder, dim, config.dino)
-    if config.method == "simclr":
-        return Simclr(encoder, dim, config.simclr)
-    if config.method == "vicreg":
-        return Vicreg(encoder, dim, config.vicreg)
-    return Supervised(encoder, dim, config.aam, classes)
 
 
 def speaker_encoder(ecapa: Ecapa, frontend: FrontendConfig) -> SpeakerEncoder:

@@ -38,7 +38,8 @@ from ..errors import Busy, CheckpointUnreadable, ConfigError, SpeakerUpstreamErr
 from .checkpointing import FORMAT, CheckpointStore, load_rng, rng_state
 from .collapse import Collapse, CollapseMonitor
 from .config import PretrainConfig, flat
-from .objective import CropEncoder, CropFeatures, build_objective, model_configs, parameter_groups, speaker_encoder
+from .objective import CropEncoder, CropFeatures, model_configs, parameter_groups, speaker_encoder
+from .objectives import build_objective
 from .ranks import is_main, rank, synchronise_norms, world_size
 from .schedules import duration_steps, half_cosine, learning_rate
 from .selection import ClusterSelection

@@ -26,7 +26,6 @@ def test_no_circles_when_modules_are_imported(house):
     assert house.circles({module: found["top"] for module, found in graph.items()}) == []
 
 
-@pytest.mark.xfail(
     reason="checkpoints.native / readers and hubconf / registration, until they are parted", strict=False
 )
 def test_no_circles_through_imports_inside_functions(house):
