@@ -30,13 +30,9 @@ shift
 
 for task in $TASKS; do
   data=$EXP/data/$task
-  if [[ ! -e $data/.whole ]]; then
-    limit=()
-    [[ $task == KS ]] && limit=(--limit "$LIMIT")
-    rm -rf "$data"
-    "$PYTHON" -m s3prl_speaker_upstreams.demo.corpora --task "$task" --speech "$SPEECH" --out "$data" "${limit[@]}"
-    touch "$data/.whole"
-  fi
+  limit=()
+  [[ $task == KS ]] && limit=(--limit "$LIMIT")
+  "$PYTHON" -m s3prl_speaker_upstreams.demo.corpora --once --task "$task" --speech "$SPEECH" --out "$data" "${limit[@]}"
   DATA=$data "$RECIPE/run.sh" "$task" "$upstream" --device "${DEVICE:-cpu}" --workers 0 --lr "$RATES" \
     --set "runner.total_steps=$UPDATES" --set "runner.eval_step=$every" --set "runner.save_step=$every" --set "runner.log_step=$every" \
     --set "runner.eval_dataloaders=[dev]" --set runner.gradient_accumulate_steps=1 "$@"

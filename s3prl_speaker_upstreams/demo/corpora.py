@@ -16,6 +16,7 @@ import json
 import logging
 import random
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ import numpy as np
 
 from s3prl_speaker_upstreams.common.audio import SAMPLE_RATE, find_audio, write_audio
 from s3prl_speaker_upstreams.common.commands import run_command
-from s3prl_speaker_upstreams.common.files import write_text
+from s3prl_speaker_upstreams.common.files import locked, write_text
 from s3prl_speaker_upstreams.demo.voices import KINDS, Voices
 from s3prl_speaker_upstreams.demo.voxceleb import lay_out_voxceleb1, read_clip
 from s3prl_speaker_upstreams.superb.errors import CorpusError, UnknownTask
 
-__all__ = ["GENERATORS", "SPEECH", "WORDS", "generate", "lay_out_speech"]
+__all__ = ["GENERATORS", "SPEECH", "WORDS", "generate", "lay_out_speech", "once"]
 
 logger = logging.getLogger(__name__)
 
@@ -497,14 +498,45 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=int, default=4, help="size of the training part (default 4)")
     parser.add_argument("--limit", type=int, help="with --speech: use this many recordings of each class")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--once", action="store_true", help="do nothing if the folder is whole; processes that start at once wait"
+    )
     parser.set_defaults(func=_corpus)
 
 
+def once(out: str | Path, make: Callable[[Path], object]) -> Path:
+    """Call `make` to fill the folder `out`, unless that was done; processes that ask at once wait for the first.
+
+    A file ``.whole`` says that it was done. What an interrupted attempt left is removed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp()) / "data"
+    >>> for _ in range(2):
+    ...     _ = once(root, lambda out: print("made"))
+    made
+    """
+    root = Path(out).absolute()
+    with locked(root.with_name(f".{root.name}.lock"), str(root), timeout=-1):
+        if not (root / ".whole").is_file():
+            shutil.rmtree(root, ignore_errors=True)
+            root.mkdir(parents=True)
+            make(root)
+            write_text(root / ".whole", "")
+    return root
+
+
 def _corpus(args: argparse.Namespace) -> int:
-    if args.speech:
-        lay_out_speech(args.task, args.speech, args.out, seed=args.seed, limit=args.limit)
+    def make(out: Path) -> object:
+        if args.speech:
+            return lay_out_speech(args.task, args.speech, out, seed=args.seed, limit=args.limit)
+        return generate(args.task, out, voices=args.voices, scale=args.scale, seed=args.seed)
+
+    if args.once:
+        once(args.out, make)
     else:
-        generate(args.task, args.out, voices=args.voices, scale=args.scale, seed=args.seed)
+        make(args.out)
     return 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from s3prl_speaker_upstreams.common import provenance
 from s3prl_speaker_upstreams.common.digests import json_sha256
-from s3prl_speaker_upstreams.common.files import locked, write_json, write_text
+from s3prl_speaker_upstreams.common.files import locked, write_json
 from s3prl_speaker_upstreams.errors import ConfigError, MissingPackage
 from s3prl_speaker_upstreams.superb import configuration, stock
 from s3prl_speaker_upstreams.superb.checks import CorpusReport, check_corpus, need_root, remarks
@@ -87,11 +87,9 @@ def _checked_corpus(work: Work) -> CorpusReport:
 
 def _smoke_corpus(run: Run) -> None:
     """Generate the small corpus of --smoke, once, whichever processes ask for it."""
-    with locked(run.corpus.with_name(f".{run.corpus.name}.lock"), str(run.corpus), timeout=-1):
-        if not (run.corpus / ".whole").is_file():
-            shutil.rmtree(run.corpus, ignore_errors=True)
-            run.task.demo(run.corpus, _SMOKE_SEED)
-            write_text(run.corpus / ".whole", "")
+    from s3prl_speaker_upstreams.demo.corpora import once
+
+    once(run.corpus, lambda out: run.task.demo(out, _SMOKE_SEED))
 
 
 def _enough_space(work: Work, config: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,36 @@ def _stdlist(run, expdir: Path, option: dict, layer_is_right) -> None:
 def fake_runner(monkeypatch):
     """Puts a :class:`FakeRunner` in the place of s3prl's; takes its keywords."""
     return functools.partial(FakeRunner, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def _stock_server():
+    """s3prl's runner, each command in a fresh child of one process that has imported it (see stock_server.py)."""
+    command = [sys.executable, str(Path(__file__).with_name("stock_server.py"))]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+    def run(run, arguments, log, *, module="s3prl.run_downstream", nproc=1):
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps({"module": module, "argv": [*arguments]}) + "\n")
+        process.stdin.flush()
+        answer = json.loads(process.stdout.readline())
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") as file:
+            file.write(f"$ {' '.join(arguments)}\n{answer['output']}")
+        if answer["code"]:
+            raise RunFailed(answer["output"][-2000:])
+        return answer["output"]
+
+    yield run
+    process.communicate()
+
+
+@pytest.fixture()
+def server(_stock_server, monkeypatch):
+    """Stages start the real runner, but seconds faster."""
+    monkeypatch.setattr(stock, "run_stock", _stock_server)
 
 
 @pytest.fixture(scope="session")

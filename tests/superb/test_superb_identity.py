@@ -227,6 +227,21 @@ def test_each_resume_draws_data_with_a_seed_of_its_own_and_says_so(make, fake_ru
     assert len(fake.calls) == before
 
 
+def test_slots_shorter_than_an_epoch_see_more_than_its_beginning():
+    """Four starts that each end after a quarter of an epoch, with the loaders that s3prl's recipes make."""
+    data = list(range(64))
+
+    def slot(seed: int) -> set[int]:
+        torch.manual_seed(seed)
+        loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+        return {int(one) for batch, _ in zip(loader, range(4), strict=False) for one in batch}
+
+    replayed = set.union(*(slot(1337) for _ in range(4)))
+    resumed = set.union(slot(1337), *(slot(identity.resume_seed(1337, step)) for step in (4, 8, 12)))
+    assert len(replayed) == 16  # a quarter, however often it is started
+    assert len(resumed) > 36  # 44 are expected of four independent quarters
+
+
 def test_a_checkpoint_of_another_run_put_into_the_folder_is_refused(make, fake_runner):
     """Its own Args and Config are looked at, whatever our records say."""
     fake_runner()

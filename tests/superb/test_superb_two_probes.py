@@ -1,18 +1,17 @@
-"""Two real probes trained one after the other in one folder: each is what it is when trained alone."""
+"""Whole runs with the real runner: every task, and two probes one after the other, each as it is when trained alone."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from s3prl_speaker_upstreams.demo import corpora
-from s3prl_speaker_upstreams.superb import identity, saved, stages, stock
-from s3prl_speaker_upstreams.superb.errors import IdentityMismatch, RunFailed
+from s3prl_speaker_upstreams.superb import identity, saved, stages
+from s3prl_speaker_upstreams.superb.errors import IdentityMismatch
 from s3prl_speaker_upstreams.superb.run import Run
 from s3prl_speaker_upstreams.superb.tasks import TASKS
 
@@ -20,29 +19,6 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("s3prl", reason="s3prl is not installed")
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(scope="module")
-def server():
-    command = [sys.executable, str(Path(__file__).with_name("stock_server.py"))]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-
-    def run(run, arguments, log, *, module="s3prl.run_downstream", nproc=1):
-        process.stdin.write(json.dumps({"module": module, "argv": [*arguments]}) + "\n")
-        process.stdin.flush()
-        answer = json.loads(process.stdout.readline())
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") as file:
-            file.write(f"$ {' '.join(arguments)}\n{answer['output']}")
-        if answer["code"]:
-            raise RunFailed(answer["output"][-2000:])
-        return answer["output"]
-
-    yield run
-    process.stdin.close()
-    process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +41,21 @@ def _probe(run: Run) -> tuple[dict, dict[str, torch.Tensor]]:
     return result, {**content["Downstream"], **content["Featurizer"]}
 
 
-def test_each_probe_is_what_it_is_alone(server, files, monkeypatch, tmp_path):
-    monkeypatch.setattr(stock, "run_stock", server)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_goes_from_check_to_a_result(task, server, tmp_path):
+    run = Run(TASKS[task], "fbank", tmp_path, smoke=True, device="cpu")
+    stages.run_stages(run)
+    result = json.loads((run.folder / "result.json").read_text())
+    assert set(result["metrics"]) == {metric.name for metric in run.task.metrics}
+    assert all(math.isfinite(value) for value in result["metrics"].values())
+    assert all((Path(result["predictions"]) / source).exists() for source, _ in run.task.predictions)
+    assert result["stock"] is False and result["layers"] == 1
+    commands = sum(file.read_text().count("$ ") for file in run.folder.rglob("*.log"))
+    stages.run_stages(run)  # everything is done
+    assert sum(file.read_text().count("$ ") for file in run.folder.rglob("*.log")) == commands
+
+
+def test_each_probe_is_what_it_is_alone(server, files, tmp_path):
     first = Run(
         TASKS["SID"],
         "ecapa_tdnn_local",
@@ -113,8 +102,7 @@ def test_each_probe_is_what_it_is_alone(server, files, monkeypatch, tmp_path):
     assert all(torch.equal(value, alone[key]) for key, value in _probe(forced)[1].items())
 
 
-def test_a_training_goes_on_with_other_data_and_a_moved_checkpoint(server, files, monkeypatch, tmp_path):
-    monkeypatch.setattr(stock, "run_stock", server)
+def test_a_training_goes_on_with_other_data_and_a_moved_checkpoint(server, files, tmp_path):
     moved = tmp_path / "moved.safetensors"
     moved.write_bytes((files / "a.safetensors").read_bytes())
     run = Run(
@@ -136,10 +124,9 @@ def test_a_training_goes_on_with_other_data_and_a_moved_checkpoint(server, files
     assert [one["step"] for one in next(iter(result["resumes"].values()))] == [2]
 
 
-def test_an_upstream_without_the_feature_is_refused_by_the_real_probe(server, files, monkeypatch, tmp_path):
+def test_an_upstream_without_the_feature_is_refused_by_the_real_probe(server, files, tmp_path):
     from s3prl_speaker_upstreams.superb.errors import UnknownUpstream
 
-    monkeypatch.setattr(stock, "run_stock", server)
     run = Run(TASKS["SID"], "fbank", tmp_path, data=files / "data", device="cpu", feature="nosuch", smoke=True)
     with pytest.raises(UnknownUpstream, match="gives no such feature.*hidden_states"):
         stages.run_stages(run)
