@@ -156,7 +156,7 @@ def _check_cycle(name: str, upstream: str, expdir: Path, report: dict[str, dict]
 
 
 @pytest.mark.xdist_group("superb-commands")
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ["KS", "PR", "QbE", "SS"])  # all twelve: test_superb_two_probes.py
 def test_stock_command_runs_with_our_yaml(name, corpus, tmp_path):
     task = TASKS[name]
     mode = ["-m", "train"] if task.trained else ["-m", "evaluate", "-t", "dev"]
