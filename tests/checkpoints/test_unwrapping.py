@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -282,28 +283,17 @@ def test_a_front_end_rounded_with_the_weights_is_had_exactly(tiny, format, dtype
 
 # --- the house -------------------------------------------------------------------------------------------------------
 
-TOY = """
-from ..format import Format
-from .speechbrain import MODULES
-
-
-class Toy(Format):
-    name = "toy"
-    title = "Toy"
-    dialects = ("wespeaker",)
-    modules = {ours: f"toy.{theirs}" for ours, theirs in MODULES.items()}
-    folder_files = ("toy.pt",)
-
-
-FORMATS = (Toy(),)
-"""
+README = Path(s3prl_speaker_upstreams.__file__).parent / "checkpoints" / "README.md"
 
 
 def test_adding_a_format_is_adding_one_file(tiny, tmp_path):
     package = Path(s3prl_speaker_upstreams.__file__).parent
     copy = tmp_path / "site" / package.name
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("files", "__pycache__", "superb", "pretrain"))
-    (copy / "checkpoints" / "formats" / "toy.py").write_text(TOY)
+    # the one file is the README's own
+    toy = re.search(r"# checkpoints/formats/toy.py\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert toy
+    (copy / "checkpoints" / "formats" / "toy.py").write_text(toy.group(1))
     torch.save(tiny.original_state("speechbrain", tiny.state("speechbrain"), "toy."), tmp_path / "toy.pt")
     command = [sys.executable, "-S", "-c", (
         f"import sys; sys.path[:0] = [{str(copy.parent)!r}]; sys.path += {[p for p in sys.path if p]!r}\n"
