@@ -118,8 +118,6 @@ def _pretrain(args: argparse.Namespace) -> int:
         raise ConfigError("--out FOLDER is needed: checkpoints, logs and the exported model go there")
     out = Path(options.out)
     trainer = build_trainer(config, out, changed_config=options.changed_config)
-    if is_main():
-        sys.stderr.write(trainer.describe() + "\n")
     trainer.run(stop_after=options.stop_after)
     trainer.loader.close()
     if trainer.stopped:  # 143 after SIGTERM, 130 after Ctrl-C: no script takes a half-trained model for a trained one

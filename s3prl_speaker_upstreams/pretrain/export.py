@@ -217,8 +217,8 @@ def average_checkpoints(
         files = CheckpointStore(Path(sources[0]) / "checkpoints").recent()
         if last is not None and not 1 <= last <= len(files):
             raise ConfigError(
-                f"--last {last}: {sources[0]} has the {len(files)} newest checkpoints (run.keep_last says how many are "
-                f"kept); give a number from 1 to {len(files)}"
+                f"--last {last}: {sources[0]} holds {len(files)} checkpoints to average (run.keep_last says how many "
+                f"are kept); give a number from 1 to {len(files)}"
             )
         files = files[-(last or 5) :]
     else:

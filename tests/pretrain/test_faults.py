@@ -368,6 +368,28 @@ def test_a_run_of_an_earlier_version_goes_on(corpus, make, tmp_path):
     assert again.finished
 
 
+@pytest.mark.parametrize("method", ["dino", "supervised"])
+def test_a_checkpoint_of_the_first_format_goes_on_bit_for_bit(corpus, make, log, tmp_path, method):
+    """Its keys lay elsewhere: rewritten to the old ones, the run's numbers stay."""
+    steps = (f"method={method}", "run.steps=4", "run.save_every=1000 steps")
+    make(corpus, tmp_path / "whole", *steps).run()
+    out = tmp_path / "old"
+    old = make(corpus, out, *steps)
+    old.run(stop_after=2)
+    path = old.store.paths()[-1]
+    state = CheckpointStore.load(path)
+    state["format"] = 1
+    if method == "dino":
+        state["task"] = {"core." + k.removeprefix("watch."): v for k, v in state["task"].items()}
+    else:
+        state["task"] = {k.replace("encoder.", "encoder_.", 1): v for k, v in state["task"].items()}
+    torch.save(state, path)
+    path.with_name(path.name + ".sha256").unlink()
+    make(corpus, out, *steps).run()
+    assert [[r[k] for k in SAME] for r in log(out)] == [[r[k] for k in SAME] for r in log(tmp_path / "whole")]
+    assert export(out, tmp_path / "m.safetensors", which="2" if path.exists() else "4").exists()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -125,6 +125,18 @@ def test_each_objective_trains_resumes_and_exports(corpus, make, log, tmp_path, 
     assert all(torch.equal(v, trained[k]) for k, v in encoder.ecapa.state_dict().items())
 
 
+@pytest.mark.e2e
+def test_a_compiled_encoder_gives_the_same_losses(corpus, make, log, tmp_path, monkeypatch, caplog):
+    """Traced whole, without the minutes that generating code takes."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", fullgraph=True, **options))
+    for name in ("false", "true"):
+        with caplog.at_level("INFO"):
+            make(corpus, tmp_path / name, "run.steps=3", f"run.compile={name}").run()
+    losses = [[r["loss"] for r in log(tmp_path / name)] for name in ("false", "true")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and caplog.text.count("torch.compile: ") == 3
+
+
 @pytest.mark.parametrize("size", ["", "small_"])
 def test_a_matched_pair_differs_in_the_objective_alone(size):
     one, two = (load(f"matched_{size}{name}") for name in ("dino", "supervised"))
