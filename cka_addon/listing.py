@@ -88,6 +88,10 @@ def _split(line: str, path: Path, suffixes: Sequence[str]) -> tuple[str, str, st
             return str(item["key"]), str(item["wav"]), str(item["spk"]) if "spk" in item else None
         except (ValueError, KeyError, TypeError) as error:
             raise AudioError(f'{path}: got {line[:60]}; expected {{"key": .., "wav": ..}} ({error!r})') from error
+    if path.suffix.lower() == ".csv" and "\t" not in line:  # without column names
+        separator = ";" if ";" in line and "," not in line else ","
+        cells = next(csv.reader(io.StringIO(line), delimiter=separator, skipinitialspace=True))
+        line = "\t".join(cell.strip() for cell in cells if cell.strip())
     name, tab, file = line.rpartition("\t")
     if tab:
         # `path<TAB>speaker`, the other way about, where only the first is a recording's name.
@@ -115,7 +119,7 @@ def _table(path: Path, lines: list[tuple[int, str]]) -> list[tuple[int, str, str
         return None
     rows = []
     for number, line in lines[1:]:
-        cells = [c.strip() for c in next(csv.reader(io.StringIO(line), delimiter=separator))]
+        cells = [c.strip() for c in next(csv.reader(io.StringIO(line), delimiter=separator, skipinitialspace=True))]
         if len(cells) != len(columns):
             raise AudioError(f"{path}:{number}: got {len(cells)} columns; expected {len(columns)} ({head})")
         name, speaker = (cells[i] if (i := at[kind]) is not None else None for kind in ("id", "speaker"))

@@ -20,8 +20,9 @@ MAIN=$HERE/voxceleb2_dino.sh # train, average and evaluate are the same commands
 
 main() { PRESET=voxceleb2_supervised OUT=$OUT "$MAIN" "$@"; }
 fine() {
+  local begin=$OUT/average.pt
   PRESET=voxceleb2_large_margin OUT=$OUT-large-margin NUM_AVERAGE=1 \
-    EXTRA="model.init=$OUT/average.pt eval.every=1 ${EXTRA:-}" "$MAIN" "$@"
+    EXTRA="model.init=$begin eval.every=1 ${EXTRA:-}" "$MAIN" "$@"
 }
 large_margin() { # starts from the average of the newest checkpoints, classifier included
   local last=${NUM_AVERAGE:-10} files

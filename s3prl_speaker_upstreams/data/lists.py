@@ -325,6 +325,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     data = Path(path).read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16")
+    if b"\0" in data:
+        raise ConfigError(f"{path}: got binary data, or UTF-16 without its mark; expected a list as UTF-8 text")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

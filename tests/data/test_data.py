@@ -359,7 +359,7 @@ def test_labelled_batches(corpus):
 def test_waiting_is_measured(corpus, monkeypatch):
     dataset = small(corpus)
     result = measure_loader(Loader(dataset, BatchSampler(12, 4)), 3, step=0.05)
-    assert result["step_seconds"] == pytest.approx(0.05, rel=0.3)
+    assert result["step_seconds"] >= 0.05  # sleep takes at least as long; on a busy machine longer
     total = result["waited_per_batch"] + result["step_seconds"]
     assert result["seconds_per_batch"] == pytest.approx(total, rel=0.2)
     assert result["waiting_fraction"] == pytest.approx(result["waited_per_batch"] / result["seconds_per_batch"])

@@ -59,6 +59,16 @@ def test_every_format_tells_the_same(corpus, name, encoding):
     assert read_listing(corpus / name).layout == "list"
 
 
+@pytest.mark.parametrize("name", sorted(FORMATS.keys() - {"segments.csv"}))
+def test_both_tools_read_the_same_from_a_list(corpus, name):
+    """The analysis has its own thin copy of the rule, to work alone."""
+    cka_audio = pytest.importorskip("cka_addon.audio")
+    (corpus / name).write_text(FORMATS[name])
+    mine = [(entry.path, entry.speaker) for entry in read_listing(corpus / name)]
+    theirs = sorted((str(item.path), item.speaker) for item in cka_audio.list_recordings(corpus / name))
+    assert theirs == mine
+
+
 def test_kaldi_folders(corpus):
     kaldi = corpus.parent / "kaldi"
     kaldi.mkdir()
@@ -164,6 +174,13 @@ def test_other_encodings_are_named(corpus, text, encoding):
     (corpus / "list.txt").write_bytes(b"s1/1.wav\n" + text.encode(encoding))
     with pytest.raises(ConfigError, match="list.txt, line 2.*not UTF-8.*iconv"):
         read_listing(corpus / "list.txt")
+
+
+def test_binary_files_are_no_lists(corpus):
+    for data in (b"PK\x03\x04\0\0", "s0/1.wav\n".encode("utf-16-le")):
+        (corpus / "list.txt").write_bytes(data)
+        with pytest.raises(ConfigError, match="binary data, or UTF-16 without its mark"):
+            read_listing(corpus / "list.txt")
 
 
 def test_relative_paths_begin_in_the_lists_folder_or_where_one_stands(corpus, monkeypatch):
