@@ -162,9 +162,10 @@ def _with_options(
     ecapa = checkpoint.ecapa.replace(**{k: v for k, v in overrides.items() if k in ecapa_fields})
     chosen = _chosen_frontend(checkpoint.frontend, frontend)
     chosen = chosen.replace(**{k: v for k, v in overrides.items() if k in frontend_fields})
-    if chosen.n_mels != ecapa.n_mels:
+    if chosen.width != ecapa.n_mels:
         raise ConfigError(
-            f"got a front-end of {chosen.n_mels} mels, expected {ecapa.n_mels} as the model's first convolution has"
+            f"got a front-end of {chosen.width} features per frame ({chosen.kind}, n_mels={chosen.n_mels}), expected "
+            f"{ecapa.n_mels} as the model's first convolution has"
         )
     buffers = checkpoint.frontend_buffers
     if chosen != checkpoint.frontend and buffers:

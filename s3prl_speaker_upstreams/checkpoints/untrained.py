@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
-from ..ecapa import DIALECTS, Ecapa
+from ..ecapa import DIALECTS, Ecapa, Frontend, FrontendConfig
 from ..errors import ConfigError
 from .checkpoint import Checkpoint
 
@@ -18,7 +19,8 @@ def untrained(dialect: str = "speechbrain", *, seed: int = 0, **fields: Any) -> 
 
     dialect : whose architecture and front-end, a name in ``ecapa.DIALECTS``
     seed : of the weights; the same seed gives the same weights, and the global random state is left alone
-    fields : of EcapaConfig, such as ``channels=256``
+    fields : of EcapaConfig or FrontendConfig, such as ``channels=256`` or ``kind="mfcc"``; the network's ``n_mels``
+        follows the front-end
 
     Returns a Checkpoint of role "untrained", which every reader reports. Raises ConfigError for an unknown dialect.
 
@@ -28,9 +30,13 @@ def untrained(dialect: str = "speechbrain", *, seed: int = 0, **fields: Any) -> 
     """
     if dialect not in DIALECTS:
         raise ConfigError(f"got dialect={dialect!r}, expected one of {', '.join(DIALECTS)}")
-    config = DIALECTS[dialect].ecapa_config(**fields)
+    of_frontend = {f.name for f in dataclasses.fields(FrontendConfig)}
+    frontend = DIALECTS[dialect].frontend.replace(**{k: v for k, v in fields.items() if k in of_frontend})
+    rest = {k: v for k, v in fields.items() if k not in of_frontend}
+    config = DIALECTS[dialect].ecapa_config(**{**rest, "n_mels": frontend.width})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = {name: tensor.clone() for name, tensor in Ecapa(config).state_dict().items()}
+    buffers = Frontend(frontend).own_tensors()
     provenance = {"training_data": f"none: random weights, seed {seed}", "dialect": dialect, "torch": torch.__version__}
-    return Checkpoint(config, DIALECTS[dialect].frontend, state, "native", "untrained", provenance)
+    return Checkpoint(config, frontend, state, "native", "untrained", provenance, buffers)

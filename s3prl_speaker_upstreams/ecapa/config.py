@@ -16,17 +16,17 @@ s3prl_speaker_upstreams.errors.ConfigError: EcapaConfig: unknown key 'chanels'; 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from ..common.audio import SAMPLE_RATE
+from ..common.config import to_dict
+from ..common.hints import did_you_mean
 from ..errors import ConfigError
 
-__all__ = ["DIALECTS", "Dialect", "EcapaConfig", "FrontendConfig"]
-
-SAMPLE_RATE = 16000
+__all__ = ["DIALECTS", "SAMPLE_RATE", "Dialect", "EcapaConfig", "FrontendConfig"]
 
 T = TypeVar("T", bound="_Config")
 
@@ -50,7 +50,7 @@ class _Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (tuples as lists), fit for JSON; the inverse of :meth:`from_dict`."""
-        return {k: list(v) if type(v) is tuple else v for k, v in dataclasses.asdict(self).items()}
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -58,12 +58,10 @@ class _Config:
 
         Raises ConfigError if a key is unknown (naming the nearest known one) or a value is out of range.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                remedy = f"did you mean {near[0]!r}?" if near else f"expected some of {known}"
-                raise ConfigError(f"{cls.__name__}: unknown key {key!r}; {remedy}")
+                raise ConfigError(f"{cls.__name__}: unknown key {key!r}; {did_you_mean(key, known)}")
         return cls(**{k: tuple(v) if type(v) is list else v for k, v in values.items()})
 
     def replace(self: T, **changes: Any) -> T:
@@ -163,9 +161,15 @@ class EcapaConfig(_Config):
 
 @dataclass(frozen=True)
 class FrontendConfig(_Config):
-    """From 16 kHz waveforms in +-1 to normalised log-mel features; the defaults are SpeechBrain's.
+    """From 16 kHz waveforms in +-1 to normalised features; the defaults are SpeechBrain's.
 
-    n_mels : number of mel bands
+    kind : "log_mel"; "mfcc", the cosine transform of the log-mel bands; or "wave", a filter bank on samples that is
+        trained with the network (:mod:`.wave`), on which mel, window, n_fft, pre-emphasis and ``remove_dc`` have no
+        bearing
+    n_mels : number of mel bands, or of filters on samples
+    n_mfcc, lifter, deltas : of "mfcc": coefficients kept (orthonormal DCT-II, the zeroth included); coefficient i is
+        multiplied by 1 + lifter / 2 sin(pi i / lifter), 0 for none; differences of up to this order (0 to 2) appended
+    wave_stride : of "wave": samples from one squared modulus to the next
     scale : factor on the waveform first (32768 where a project works on integer samples)
     win_length, hop_length : samples
     n_fft : points of the Fourier transform; a shorter window stands in its middle if ``center``, at its start otherwise
@@ -185,9 +189,16 @@ class FrontendConfig(_Config):
 
     >>> FrontendConfig().replace(center=False).to_dict()["center"]
     False
+    >>> FrontendConfig(kind="mfcc", n_mfcc=20, deltas=2).width
+    60
     """
 
+    kind: str = "log_mel"
     n_mels: int = 80
+    n_mfcc: int = 40
+    lifter: float = 0.0
+    deltas: int = 0
+    wave_stride: int = 8
     scale: float = 1.0
     win_length: int = 400
     hop_length: int = 160
@@ -210,6 +221,8 @@ class FrontendConfig(_Config):
 
     _choices = MappingProxyType(
         {
+            "kind": ("log_mel", "mfcc", "wave"),
+            "deltas": (0, 1, 2),
             "window": ("hamming", "hann", "povey"),
             "window_periodic": (True, False),
             "center": (True, False),
@@ -222,7 +235,7 @@ class FrontendConfig(_Config):
             "normalisation": ("mean", "mean_var", "none"),
         }
     )
-    _positive = ("n_mels", "win_length", "hop_length", "n_fft")
+    _positive = ("n_mels", "n_mfcc", "wave_stride", "win_length", "hop_length", "n_fft")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -232,6 +245,17 @@ class FrontendConfig(_Config):
             raise ConfigError(
                 f"FrontendConfig: got fmin={self.fmin}, fmax={self.fmax}, expected 0 <= fmin < fmax <= 8000"
             )
+        if self.kind == "mfcc" and self.n_mfcc > self.n_mels:
+            raise ConfigError(
+                f"FrontendConfig: got n_mfcc={self.n_mfcc}, expected at most one for each of n_mels={self.n_mels}"
+            )
+        if self.lifter < 0:
+            raise ConfigError(f"FrontendConfig: got lifter={self.lifter}, expected 0 (none) or more, such as 22")
+
+    @property
+    def width(self) -> int:
+        """Features per frame: what the network's ``n_mels`` must be."""
+        return self.n_mfcc * (1 + self.deltas) if self.kind == "mfcc" else self.n_mels
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,16 @@ def always_batch_statistics(module: M, always: bool = True) -> M:
 
 
 def keep_float32(module: M, apply: Callable[..., M], fn: Callable[[Tensor], Tensor], recurse: bool) -> M:
-    """``nn.Module._apply``, after which no buffer of ``module`` is in a precision below float32."""
-    before = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    """``nn.Module._apply``, after which no buffer of ``module`` itself, and unless it is a norm no parameter, is in a
+    precision below float32."""
+    kept: dict[str, Tensor] = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    if not isinstance(module, BatchNorm):
+        kept |= {name: parameter.data for name, parameter in module._parameters.items() if parameter is not None}
     apply(fn, recurse)
-    for name, buffer in before.items():
-        now = module._buffers[name]
-        if now is not None and now.dtype in _LOWER:
-            module._buffers[name] = buffer.to(now.device, torch.float32)
+    for name, before in kept.items():
+        now = getattr(module, name)
+        if now.dtype in _LOWER:
+            now.data = before.to(now.device, torch.float32)
     return module
 
 

@@ -183,8 +183,10 @@ class SpeakerEncoder(nn.Module):
         self, ecapa: EcapaConfig, frontend: FrontendConfig, dtype: str = "float32", **frontend_buffers: Tensor
     ) -> None:
         super().__init__()
-        if ecapa.n_mels != frontend.n_mels:
-            raise ConfigError(f"got {frontend.n_mels} mel bands and a network for {ecapa.n_mels}; they must be equal")
+        if ecapa.n_mels != frontend.width:
+            raise ConfigError(
+                f"got {frontend.width} features per frame and a network for n_mels={ecapa.n_mels}; they must be equal"
+            )
         self.frontend = Frontend(frontend, **frontend_buffers)
         self.ecapa = Ecapa(ecapa, dtype)
 

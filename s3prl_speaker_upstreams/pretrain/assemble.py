@@ -88,7 +88,7 @@ def _log_mels(config: PretrainConfig) -> Callable[[list[np.ndarray]], list[np.nd
 
     @torch.no_grad()
     def features(wavs: list[np.ndarray]) -> list[np.ndarray]:
-        ragged = frontend.log_mel([torch.from_numpy(np.ascontiguousarray(w, dtype=np.float32)) for w in wavs])
+        ragged = frontend.raw([torch.from_numpy(np.ascontiguousarray(w, dtype=np.float32)) for w in wavs])
         return [x.numpy() for x in ragged.split()]
 
     return features

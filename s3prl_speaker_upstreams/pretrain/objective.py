@@ -64,7 +64,9 @@ def model_configs(model: ModelConfig) -> tuple[EcapaConfig, FrontendConfig]:
     if model.dialect not in DIALECTS:
         raise ConfigError(f"model.dialect {model.dialect!r} is unknown; valid: {', '.join(DIALECTS)}")
     dialect = DIALECTS[model.dialect]
-    return dialect.ecapa_config(**model.ecapa), dialect.frontend.replace(**model.frontend)
+    frontend = dialect.frontend.replace(**model.frontend)
+    # the network's first convolution takes what the front-end gives
+    return dialect.ecapa_config(**{"n_mels": frontend.width, **model.ecapa}), frontend
 
 
 class Crops(NamedTuple):

@@ -87,6 +87,10 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     verb.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
     verb.add_argument("--channels", type=int, help="width C of the blocks (default: the dialect's); MFA has 3 C")
+    verb.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="fields of the network or the front-end, such as "
+        "kind=mfcc n_mfcc=40 deltas=2, or kind=wave n_mels=40"
+    )  # fmt: skip
     verb.set_defaults(func=_init)
 
 
@@ -287,9 +291,14 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _init(args: argparse.Namespace) -> int:
     from ..checkpoints import save_native, untrained
+    from ..common.config import parse_override
 
     try:
-        widths = {} if args.channels is None else {"channels": args.channels, "mfa_channels": 3 * args.channels}
+        widths: dict[str, Any] = (
+            {} if args.channels is None else {"channels": args.channels, "mfa_channels": 3 * args.channels}
+        )
+        for key, value in map(parse_override, args.set):
+            widths[".".join(key)] = value
         target = save_native(untrained(args.dialect, seed=args.seed, **widths), args.target)
     except SpeakerUpstreamError as error:
         return _fail(error)

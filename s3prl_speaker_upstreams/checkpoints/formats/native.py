@@ -18,6 +18,7 @@ from ... import __version__
 from ...common.files import write_whole
 from ...ecapa import SpeakerEncoder
 from ...ecapa.config import EcapaConfig, FrontendConfig
+from ...ecapa.wave import FILTERS
 from ...errors import CheckpointMismatch, CheckpointUnreadable, ConfigError, MissingPackage
 from ..checkpoint import ROLES, Checkpoint, expected_shapes
 from ..files import File
@@ -28,7 +29,7 @@ __all__ = ["FILE_NAME", "FORMATS", "FORMAT_VERSION", "Native", "save_native"]
 FORMAT_NAME = "s3prl_speaker_upstreams"
 FORMAT_VERSION = 1
 FILE_NAME = "ecapa.safetensors"
-_BUFFERS = ("window", "mel")
+_BUFFERS = ("window", "mel", *FILTERS)
 
 
 def save_native(
@@ -104,15 +105,8 @@ def _checkpoint_of(encoder: Any) -> Checkpoint:
     if ecapa is None or frontend is None:
         raise ConfigError(f"got a {type(encoder).__name__}, expected a SpeakerEncoder or a Checkpoint")
     return Checkpoint(
-        ecapa.cfg, frontend.cfg, ecapa.state_dict(), "native", "supervised", frontend_buffers=_given_buffers(frontend)
+        ecapa.cfg, frontend.cfg, ecapa.state_dict(), "native", "supervised", frontend_buffers=frontend.own_tensors()
     )
-
-
-def _given_buffers(frontend: Any) -> dict[str, torch.Tensor]:
-    """Window and mel filters of a front-end, where they are not those that its configuration makes."""
-    made = type(frontend)(frontend.cfg)
-    given = {name: getattr(frontend, name) for name in _BUFFERS}
-    return {name: tensor for name, tensor in given.items() if not torch.equal(tensor.cpu(), getattr(made, name).cpu())}
 
 
 class Native(Format):
