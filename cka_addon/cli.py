@@ -109,6 +109,7 @@ examples:
     p.add_argument("result", metavar="RESULT", help="file of compute or merge")
     p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="where the pictures go")
     p.add_argument("--models", metavar="A,B", help="only these models, in this order")
+    p.add_argument("--measure", default="cka", help="which measure of the result (default cka)")
     p.add_argument(
         "--to",
         action="append",
@@ -152,6 +153,7 @@ example:
     )
     p.add_argument("result", metavar="RESULT", help="file of compute or merge")
     p.add_argument("-o", "--out", required=True, metavar="FILE", help="the HTML file")
+    p.add_argument("--measure", default="cka", help="which measure of the result (default cka)")
     p.add_argument("--title", default="Layer-wise similarity (linear CKA)")
     p.add_argument("--weights", nargs="*", default=[], metavar="[TASK=]PATH", help="also show these layer weights")
     p.add_argument("--probes", nargs="*", default=[], metavar="FILE", help="also show these results of probe")
@@ -347,7 +349,7 @@ def _plot(args: argparse.Namespace) -> int:
     from cka_addon import plots
     from cka_addon.result import CKAResult
 
-    result = CKAResult.load(args.result)
+    result = CKAResult.load(args.result).of(args.measure)
     models = args.models.split(",") if args.models else result.names
     for model in models:
         result.rows(model)
@@ -420,7 +422,7 @@ def _report(args: argparse.Namespace) -> int:
         from cka_addon.probe.result import ProbeResult
 
         sections = [report_section(ProbeResult.load(path)) for path in args.probes]
-    result = CKAResult.load(args.result)
+    result = CKAResult.load(args.result).of(args.measure)
     logger.info("wrote %s", write_report(result, args.out, weights=weights, title=args.title, sections=sections))
     return 0
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from cka_addon import align
+from cka_addon import align, measures
 from cka_addon.errors import CkaError, ConstantLayer, MergeError, TooFewExamples
 from cka_addon.estimators import ESTIMATORS, MIN_EXAMPLES, check_varies, cka_from_hsic
 from cka_addon.hsic import BatchHsic
 from cka_addon.moments import Moments
-from cka_addon.result import CKAResult
+from cka_addon.options import parse_measures
+from cka_addon.result import CKAResult, Measure
 from cka_addon.state import Block, State, pool_variation
 from cka_addon.uncertainty import (
     GRAM_BYTES,
@@ -24,7 +26,7 @@ from cka_addon.uncertainty import (
     without_each_block,
 )
 
-CHUNK = 2048
+logger = logging.getLogger(__name__)
 
 
 def finish(state: State) -> CKAResult:
@@ -80,7 +82,81 @@ def finish(state: State) -> CKAResult:
         details["interval"] = (
             f"{options.interval} over {some}{left_out.total} {kinds[left_out.kind]}, {options.confidence:.0%}"
         )
-    return CKAResult(state.infos, values, mask, lower, upper, base, h, details, left_out)
+    result = CKAResult(state.infos, values, mask, lower, upper, base, h, details, left_out)
+    if kept is not None and len(parse_measures(options.measures)) > 1:
+        _add_measures(result, state, kept, examples)
+    return result
+
+
+def _add_measures(result: CKAResult, state: State, kept: Kept, examples: int) -> None:
+    """The other measures, with their intervals and what shuffled examples give."""
+    options, mask = state.options, state.pairs.mask()
+    wanted = parse_measures(options.measures)
+    units = result.details["counts"]["units"]
+    found: dict[str, measures.Measured] = {}
+    if any(m in measures.COVARIANCE for m in wanted):
+        found |= measures.from_sums(
+            _sums(state, kept, None),
+            state.names,
+            wanted,
+            ridge=options.ridge,
+            variance=options.variance,
+            shuffled=_sums(state, kept, np.random.default_rng([options.seed, 2])),
+            kept=kept,
+            units=units,
+            kind=options.unit,
+        )
+    if any(m in measures.SAMPLED for m in wanted):
+        some, number = measures.from_sample(
+            kept,
+            wanted,
+            neighbours=options.neighbours,
+            seed=options.seed,
+            kind=options.unit,
+            units=units,
+        )
+        found |= some
+        result.details["sample"] = f"rsa and knn look at {number} of {examples} examples, drawn by seed {options.seed}"
+    warnings = []
+    for name in [m for m in wanted if m in found]:
+        one = found[name]
+        lower = upper = None
+        if options.interval != "none" and one.left_out is not None and one.left_out.problem() is None:
+            ends = intervals(
+                one.left_out,
+                np.where(mask, one.values, 0.0),
+                method=options.interval,
+                confidence=options.confidence,
+                resamples=options.resamples,
+                seed=options.seed,
+            )
+            lower, upper = (np.where(mask, e, np.nan) for e in ends)
+        values = np.where(mask, one.values, np.nan)
+        result.measures[name] = Measure(values, lower, upper, one.baseline, one.left_out)
+        if one.baseline is not None:
+            off = mask & ~np.eye(len(mask), dtype=bool)
+            chance = float(np.nanmax(one.baseline[off])) if off.any() else 0.0
+            if chance > 0.3:
+                warnings.append(
+                    f"{name}: shuffled examples give up to {chance:.2f} ({examples} examples, layers of up to "
+                    f"{max(state.dims)} features): read values beside that baseline, or use more audio, --ridge, or "
+                    "fewer components (--variance with svcca)"
+                )
+    if warnings:
+        result.details["warnings"] = warnings
+        for text in warnings:
+            logger.warning("%s", text)
+
+
+def _sums(state: State, kept: Kept, rng: np.random.Generator | None) -> Moments:
+    """Sums over all examples, in order or (with a generator) with the second layer's examples permuted."""
+    ready = state.total if rng is None else state.total_baseline
+    if state.form == "stream" and ready is not None:
+        return ready
+    moments = Moments(state.dims, state.pairs, dtype=state.options.dtype, paired=rng is None)
+    order = None if rng is None else torch.from_numpy(rng.permutation(len(kept.owner)))
+    moments.update(kept.layers, order=order)
+    return moments
 
 
 def _check_layers(state: State, examples: int, used: int) -> None:
@@ -174,10 +250,7 @@ def _moments(state: State, kept: Kept) -> Moments | None:
         return state.total
     if len(kept.owner) ** 2 * len(kept.layers) * kept.layers[0].element_size() <= GRAM_BYTES:
         return None
-    moments = Moments(state.dims, state.pairs, dtype=state.options.dtype)
-    for start in range(0, len(kept.owner), CHUNK):
-        moments.update([x[start : start + CHUNK] for x in kept.layers])
-    return moments
+    return _sums(state, kept, None)
 
 
 def _details(state: State, blocks: list[Block], examples: int, used: int) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from cka_addon.config import check, option
+from cka_addon.config import check, did_you_mean, option
 from cka_addon.errors import SpecError
 
 if TYPE_CHECKING:
@@ -52,6 +52,24 @@ class DumpOptions:
         check(self)
 
 
+MEASURES = ("cka", "procrustes", "cca", "svcca", "pwcca", "rsa", "knn")
+
+
+def parse_measures(text: str) -> tuple[str, ...]:
+    """ "cka,procrustes" -> ("cka", "procrustes"); "all" is all, cka is always there. Raises SpecError for others.
+
+    >>> parse_measures("cca")
+    ('cka', 'cca')
+    """
+    if text == "all":
+        return MEASURES
+    found = tuple(dict.fromkeys(m.strip() for m in text.split(",") if m.strip()))
+    for name in found:
+        if name not in MEASURES:
+            raise SpecError(f"got measure '{name}'{did_you_mean(name, MEASURES)}")
+    return found if "cka" in found else ("cka", *found)
+
+
 @dataclass(frozen=True)
 class Options:
     """How CKA is computed; all of it is stored with the result.
@@ -67,6 +85,15 @@ class Options:
         "minibatch: HSIC averaged over minibatches, then divided (the study's estimator, arXiv 2010.15327); "
         "full: the exact value over all examples, in one pass",
     )
+    measures: str = option(
+        "cka",
+        "what a second opinion says, with commas: cka, procrustes, cca, svcca, pwcca, rsa, knn, or all; from the same "
+        "pass (--mode full); rsa with its centring is close to CKA, do not count them as two witnesses",
+        metavar="A,B",
+    )
+    ridge: float = option(0.0, "cca, svcca, pwcca: share of a layer's mean variance added before whitening", least=0)
+    variance: float = option(0.99, "svcca: share of each layer's variance that its components hold", least=0.01)
+    neighbours: int = option(10, "knn: how many nearest examples are compared", metavar="N", least=1)
     examples: Literal["frames", "sampled", "means"] = option(
         "frames", "what an example is: every frame, --frames random ones per utterance, or utterance means"
     )
@@ -130,6 +157,8 @@ class Options:
         smallest = 2 if self.biased else 4
         if self.batch_size < smallest:
             raise SpecError(f"got batch_size={self.batch_size}; expected at least {smallest}")
+        if len(parse_measures(self.measures)) > 1 and self.mode != "full":
+            raise SpecError(f"got measures={self.measures} with mode={self.mode}; measures beyond cka need mode='full'")
         if not 0 < self.confidence < 1:
             raise SpecError(f"got confidence={self.confidence}; expected a value between 0 and 1, e.g. 0.95")
 

@@ -69,7 +69,15 @@ def _label(axis, name: str, layers: Sequence[str], size: int | None = None) -> N
 
 def _measure(result: CKAResult) -> str:
     """What is drawn, with the estimator: it belongs on every picture."""
+    if result.measure != "cka":
+        return {"cca": "mean CCA", "svcca": "SVCCA", "pwcca": "PWCCA", "rsa": "RSA", "knn": "mutual k-NN"}.get(
+            result.measure, result.measure.capitalize()
+        )
     return f"linear CKA ({result.details['estimator'].split(' (')[0]})"
+
+
+def _short(result: CKAResult) -> str:
+    return "CKA" if result.measure == "cka" else _measure(result)
 
 
 def plot_heatmap(
@@ -180,7 +188,7 @@ def plot_lines(
         drawn += 1
     if not drawn:
         raise SpecError(f"no model was compared with {label}; compute with --pairs all")
-    _finish_lines(ax, result, models, f"CKA with {label}", "layer")
+    _finish_lines(ax, result, models, f"{_short(result)} with {label}", "layer")
     return figure, ax
 
 
@@ -197,7 +205,7 @@ def plot_adjacent(
         rows = result.rows(model)
         first = np.arange(rows.start, rows.stop - 1)
         _line(ax, result, first, first + 1, model)
-    _finish_lines(ax, result, chosen, "CKA of layer i with layer i + 1", "layer i")
+    _finish_lines(ax, result, chosen, f"{_short(result)} of layer i with layer i + 1", "layer i")
     return figure, ax
 
 

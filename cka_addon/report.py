@@ -143,7 +143,7 @@ def write_report(
     details = result.details
     counts, options = details["counts"], details["options"]
     data = {
-        "measure": "CKA",
+        "measure": result.measure.upper() if len(result.measure) <= 5 else result.measure,
         "labels": [
             f"{m} {short_names([layer])[0]}" if layer.startswith("layer_") else f"{m} {layer}"
             for m, layer in result.labels

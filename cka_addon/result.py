@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,17 @@ from cka_addon.uncertainty import LeftOut
 logger = logging.getLogger(__name__)
 
 FORMAT = "cka_addon result 1"
+
+
+@dataclass
+class Measure:
+    """Another measure of the same pairs: the same matrices as CKA's. pwcca is not symmetric: its row layer leads."""
+
+    values: np.ndarray
+    lower: np.ndarray | None = None
+    upper: np.ndarray | None = None
+    baseline: np.ndarray | None = None
+    left_out: LeftOut | None = None
 
 
 @dataclass
@@ -38,6 +49,26 @@ class CKAResult:
     hsic: np.ndarray
     details: dict
     left_out: LeftOut | None = None
+    measures: dict[str, Measure] = field(default_factory=dict)
+
+    def of(self, measure: str) -> CKAResult:
+        """The result with another measure in place of CKA, for plots and comparisons. Raises SpecError for others."""
+        if measure == self.measure:
+            return self
+        if measure not in self.measures:
+            known = ", ".join([self.measure, *self.measures])
+            raise SpecError(f"got measure '{measure}'; the result has {known}: compute with --measures")
+        one = self.measures[measure]
+        details = {**self.details, "measure": measure}
+        values = np.where(self.mask, one.values, np.nan)
+        return CKAResult(
+            self.models, values, self.mask, one.lower, one.upper, one.baseline, self.hsic, details, one.left_out
+        )
+
+    @property
+    def measure(self) -> str:
+        """Name of what `values` holds."""
+        return str(self.details.get("measure", "cka"))
 
     @property
     def names(self) -> list[str]:
@@ -118,6 +149,16 @@ class CKAResult:
                 if self.baseline is not None:
                     row["permuted"] = self.baseline[i, j]
                 row["hsic"] = self.hsic[i, j]
+                for name, one in self.measures.items():
+                    row[name] = one.values[i, j]
+                    if name == "pwcca":
+                        row["pwcca_of_b"] = one.values[j, i]
+                    if name == "procrustes":
+                        row["shape_distance"] = float(np.arccos(np.clip(one.values[i, j], -1, 1)))
+                    if one.lower is not None and one.upper is not None:
+                        row |= {f"{name}_lower": one.lower[i, j], f"{name}_upper": one.upper[i, j]}
+                    if one.baseline is not None:
+                        row[f"{name}_permuted"] = one.baseline[i, j]
                 rows.append(row)
         table = pandas.DataFrame(rows)
         table["estimator"] = self.details["estimator"]
@@ -167,6 +208,10 @@ class CKAResult:
             "upper": plain(self.upper),
             "permuted": plain(self.baseline),
             "hsic": plain(self.hsic),
+            "measures": {
+                name: {what: plain(getattr(one, what)) for what in ("values", "lower", "upper", "baseline")}
+                for name, one in self.measures.items()
+            },
             "details": self.details,
         }
         return provenance.write_json(path, data)
@@ -219,6 +264,7 @@ class CKAResult:
             array(data["hsic"]),
             data["details"],
             _load_units(Path(path), data["details"].get("units_sha256"), len(values)),
+            {name: Measure(**{k: array(v) for k, v in one.items()}) for name, one in data.get("measures", {}).items()},
         )
 
     def __repr__(self) -> str:

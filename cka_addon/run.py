@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from cka_addon.estimators import MIN_EXAMPLES, Pairs, crossover
 from cka_addon.finish import finish
 from cka_addon.hsic import BatchHsic
 from cka_addon.moments import Moments
-from cka_addon.options import Options
+from cka_addon.options import Options, parse_measures
 from cka_addon.result import CKAResult
 from cka_addon.sources import Source, check_examples, examples_of, iterate, open_source
 from cka_addon.state import Block, State, pool_variation
@@ -141,6 +141,9 @@ def gather(
     source : an open source of features, instead of models, recordings or stores
     """
     options = build(Options, settings, options)
+    if len(parse_measures(options.measures)) > 1 and not options.permutations:
+        # All measures but CKA look high by chance: none without what chance gives.
+        options = replace(options, permutations=1)
     if stores is not None and recordings is not None:
         raise SpecError("got stores and models or recordings; expected either stores, or models and recordings")
     source = source or open_source(

@@ -192,9 +192,7 @@ def main() -> None:
                 if left is None:
                     break
                 for method in ends:
-                    low, high = intervals(
-                        left, value, method=method.split("+")[0], corrected=method.endswith("+corrected")
-                    )
+                    low, high = intervals(left, value, method=method)
                     ends[method].append((low[off], high[off]))
             if left is None:
                 table.append({"mode": mode, "units": size, "interval": "none: too few blocks"})
