@@ -4,7 +4,7 @@
 # draws the learned layer weights and the similarity (CKA) of all layers.
 #
 #   PYTHON, VENV, STACK   see recipes/env/setup.sh
-#   SKIP_SETUP=1          use VENV as it is
+#   SKIP_SETUP=1          use VENV as it is, or the active environment where there is no VENV
 #   SPEECH    folder of real speech, one sub-folder per speaker
 #             (default: a public corpus is downloaded; where that fails, synthetic eSpeak NG voices)
 #   WORK      where data and experiments go                        (default: ./work/quickstart)
@@ -31,8 +31,9 @@ case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BAS
 
 say "1/6 packages"
 [ -n "${SKIP_SETUP:-}" ] || VENV="$VENV" EXTRAS="${EXTRAS:-espeak,pretrain,cka}" "$ROOT/recipes/env/setup.sh"
-VENV="$(cd "$VENV" && pwd)"
-python="$VENV/bin/python"
+if [ -x "$VENV/bin/python" ]; then PYTHON="$(cd "$VENV" && pwd)/bin/python"; fi
+source "$ROOT/recipes/env/python.sh" # sets PYTHON
+python="$PYTHON"
 mkdir -p "$WORK"
 WORK="$(cd "$WORK" && pwd)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -103,12 +104,12 @@ if [ "$label" != untrained ]; then
   rows+=("untrained=$experiment-untrained-$STEPS")
   others=(-m "untrained=s3prl:ecapa_tdnn_local ckpt='$UNTRAINED'")
 fi
-"$VENV/bin/cka-addon" layer-weights "$weights" "${models[@]}" -a "$corpus/test/wav" --limit 60 --out "$results"
+"$python" -m cka_addon layer-weights "$weights" "${models[@]}" -a "$corpus/test/wav" --limit 60 --out "$results"
 if [ ! -f "$results/cka.json" ]; then
-  "$VENV/bin/cka-addon" compute "${models[@]}" ${others[@]+"${others[@]}"} -m fbank "${audio[@]}" --mode full -o "$results/cka.json"
+  "$python" -m cka_addon compute "${models[@]}" ${others[@]+"${others[@]}"} -m fbank "${audio[@]}" --mode full -o "$results/cka.json"
 fi
-"$VENV/bin/cka-addon" plot "$results/cka.json" -o "$results"
-"$VENV/bin/cka-addon" report "$results/cka.json" -o "$results/report.html" --weights "$weights" --title "Quickstart"
+"$python" -m cka_addon plot "$results/cka.json" -o "$results"
+"$python" -m cka_addon report "$results/cka.json" -o "$results/report.html" --weights "$weights" --title "Quickstart"
 "$python" -m s3prl_speaker_upstreams.demo summary --speakers "$corpus/vox1_meta.csv" \
   "${rows[@]}" "fbank=$experiment-fbank-$STEPS" | tee "$results/accuracy.txt"
 say "pictures and tables are in $results; open $results/report.html"
