@@ -7,6 +7,7 @@
 # Reads SPEECH (digits/<speaker>, keywords/<word>). Writes EXP (one folder for each upstream) and EXP/tables/superb.md.
 # Chance: SID 16.7 %, KS 25 %. Frozen upstream, s3prl's own probe and runner; short training, learning rate chosen on dev.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 SPEECH=${SPEECH:-}

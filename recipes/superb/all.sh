@@ -13,6 +13,7 @@
 # Reads CORPORA/TASK for each task (links to the corpora do; --smoke needs none). Writes EXP, and EXP/tables.
 # A task that fails does not stop the others; the exit code then is 1 and its error stands in the output.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 TASKS=${TASKS:-"PR ASR KS QbE SID ASV SD IC SF ER SE SS"}

@@ -9,6 +9,7 @@
 # Finished stages are skipped; after a kill, start it again and it goes on from the last whole checkpoint.
 # All options: python -m s3prl_speaker_upstreams.superb run --help
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 STAGES=${STAGES:-"check prepare train choose evaluate score collect"}

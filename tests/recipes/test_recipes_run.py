@@ -6,11 +6,27 @@ each task of ``superb/run.sh`` by ``tests/superb``, the commands of README and t
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import soundfile
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCRIPTS = [path for path in sorted((ROOT / "recipes").rglob("*.sh")) if os.access(path, os.X_OK)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_help_needs_nothing(script, tmp_path):
+    """What a recipe reads and writes can be asked without an environment, from any folder."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    told = subprocess.run([script, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0 and len(told.stdout.splitlines()) >= 4, told.stderr
+    assert not told.stderr and "#!" not in told.stdout and "set -euo" not in told.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_voxceleb_from_the_archives_to_the_trial_lists(recipe, voxceleb):
