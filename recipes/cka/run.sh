@@ -10,6 +10,7 @@
 # Stages: models (SMOKE only: checkpoints to $EXP/models), compute ($EXP/cka.json, .csv, .parquet), plot ($EXP/figures),
 # weights (only with WEIGHTS: $EXP/layer_weights), report ($EXP/report.html). What is done is skipped; remove it to redo it.
 set -euo pipefail
+case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 RECIPE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -30,7 +31,6 @@ ECAPA_TDNN=${ECAPA_TDNN:-}
 WEIGHTS=${WEIGHTS:-}                # "PR=exp/pr/states-100000.ckpt SID=..." of the first model, for the layer weights
 OPTIONS=${OPTIONS:-}                # more for compute, e.g. "--permutations 1 --examples means"
 
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then sed -n '2,13p' "${BASH_SOURCE[0]}" | sed 's/^# \{0,1\}//'; exit 0; fi
 wants() { [[ " $STAGES " == *" $1 "* ]]; }
 say() { echo "[cka] $*" >&2; }
 
