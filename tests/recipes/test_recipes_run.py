@@ -29,6 +29,11 @@ def test_help_needs_nothing(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_yaml_files_of_the_recipes_are_those_of_the_package():
+    names = {path.name for path in (ROOT / "recipes" / "superb" / "conf").glob("*.yaml")}
+    assert len(names) == 12 and names == {p.name for p in (ROOT / "s3prl_speaker_upstreams/superb/conf").glob("*.yaml")}
+
+
 def test_voxceleb_from_the_archives_to_the_trial_lists(recipe, voxceleb):
     """All default stages, with archives as they are given out; decoding by soundfile in place of ffmpeg."""
     for tool in ("unzip", "curl", "tar"):
