@@ -393,6 +393,15 @@ def _layer_weights(args: argparse.Namespace) -> int:
     out, formats = Path(args.out), args.formats.split(",")
     table = layer_weights.table(items)
     written = [provenance.write_atomically(out / "layer_weights.csv", lambda t: table.to_csv(t, index=False))]
+    members = [{"task": w.task, **row} for w in items for row in layer_weights.member_shares(w)]
+    if members:
+        import pandas
+
+        shares = pandas.DataFrame(members)
+        written.append(provenance.write_atomically(out / "member_weights.csv", lambda t: shares.to_csv(t, index=False)))
+        for row in members:
+            corrected = f", {row['corrected']:.1%} corrected for norms" if "corrected" in row else ""
+            logger.info("%-20s %s takes %.1f %%%s", row["task"], row["member"], 100 * row["weight"], corrected)
     about = {**provenance.collect(), "checkpoints": [w.details for w in items]}
     written.append(provenance.write_json(out / "layer_weights.provenance.json", about))
     written += plots.save(plots.plot_layer_weights(items)[0], out / "layer_weights", formats)

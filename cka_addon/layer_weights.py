@@ -95,6 +95,7 @@ def read_layer_weights(path: str | Path, *, task: str | None = None) -> LayerWei
         task=name,
         upstream=str(args.get("upstream", "unknown")),
         weights=torch.softmax(raw, 0).numpy(),
+        layers=_told_layers(args, len(raw)),
         details={
             "checkpoint": str(path),
             "checkpoint_sha256": provenance.file_sha256(path),
@@ -105,6 +106,36 @@ def read_layer_weights(path: str | Path, *, task: str | None = None) -> LayerWei
             "normalize": bool(args.get("upstream_feature_normalize", False)),
         },
     )
+
+
+def _told_layers(args: Mapping, count: int) -> tuple[str, ...]:
+    """Names that the run kept with its arguments, where they are those of its weights."""
+    names = args.get("upstream_layer_names") or ()
+    whole = args.get("upstream_feature_selection", "hidden_states") == "hidden_states"
+    return tuple(map(str, names)) if whole and len(names) == count else ()
+
+
+def member_shares(weights: LayerWeights) -> list[dict[str, object]]:
+    """What the members of a fused upstream, whose layers are called MEMBER:LAYER, take of the weights together.
+
+    Returns rows of member, layers (how many), weight and, where norms are known, corrected; [] for other upstreams.
+
+    >>> layers = ("wavlm:layer_0", "wavlm:layer_1", "ecapa:block_1")
+    >>> rows = member_shares(LayerWeights("sid", "fusion", np.array([0.2, 0.3, 0.5]), layers=layers))
+    >>> [(row["member"], round(row["weight"], 3)) for row in rows]
+    [('wavlm', 0.5), ('ecapa', 0.5)]
+    """
+    if not weights.layers or not all(":" in name for name in weights.layers):
+        return []
+    owners = [name.partition(":")[0] for name in weights.layers]
+    rows: list[dict[str, object]] = []
+    for member in dict.fromkeys(owners):
+        mine = [owner == member for owner in owners]
+        row: dict[str, object] = {"member": member, "layers": sum(mine), "weight": float(weights.weights[mine].sum())}
+        if weights.corrected is not None:
+            row["corrected"] = float(weights.corrected[mine].sum())
+        rows.append(row)
+    return rows
 
 
 def read_many(paths: Sequence[str | Path]) -> list[LayerWeights]:

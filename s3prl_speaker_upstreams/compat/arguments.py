@@ -67,7 +67,8 @@ def spell_local_rank(module: ModuleType | None = None) -> None:
 def keep_full_paths(module: ModuleType) -> None:
     """s3prl/downstream/runner.py: files of ``-k`` and ``-g`` go into the experiment's checkpoints by their full path.
 
-    ``-e`` takes both from there, and would look for a relative path below whatever folder it is started in.
+    ``-e`` takes both from there, and would look for a relative path below whatever folder it is started in. An
+    upstream's ``layer_names`` go with them, so that the checkpoint says what its layer weights are of.
     """
     original = module.Runner.__init__
 
@@ -78,6 +79,10 @@ def keep_full_paths(module: ModuleType) -> None:
             if isinstance(path, str) and not os.path.isabs(path) and os.path.exists(path):
                 setattr(args, name, os.path.abspath(path))
         original(self, args, config)
+        model = getattr(getattr(self, "upstream", None), "model", None)
+        names = getattr(getattr(model, "module", model), "layer_names", None)
+        if names and not callable(names):
+            args.upstream_layer_names = [str(name) for name in names]
 
     module.Runner.__init__ = __init__
 
@@ -124,7 +129,7 @@ def normalize_in_slots(module: Any) -> None:
         @functools.wraps(original)
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
-            inner = getattr(self, "upstream", None) or kwargs.get("upstream", args[0] if args else None)
+            inner: Any = getattr(self, "upstream", None) or kwargs.get("upstream", args[0] if args else None)
             while hasattr(inner, "upstream") or hasattr(inner, "module"):
                 inner = getattr(inner, "upstream", None) or inner.module
             if getattr(self, "normalize", False) and hasattr(inner, "normalize_in_slots"):

@@ -48,7 +48,7 @@ class GaborBank(nn.Module):
                 f"{cfg.hop_length} and of half of win_length={cfg.win_length}"
             )
         self.cfg = cfg
-        self.half = cfg.win_length // 2  # filters and pooling are 2 half + 1 samples long
+        self.reach = cfg.win_length // 2  # filters and pooling are 2 reach + 1 samples long
         low, high = (2595 * math.log10(1 + hz / 700) for hz in (cfg.fmin, cfg.fmax))
         points = 700 * (10 ** (torch.linspace(low, high, cfg.n_mels + 2) / 2595) - 1)
         # the square root of a triangle is above a half over three quarters of its base
@@ -62,7 +62,7 @@ class GaborBank(nn.Module):
         return 4 * _HALF / math.pi
 
     def _widest(self) -> float:
-        return (2 * self.half + 1) * _HALF / math.pi
+        return (2 * self.reach + 1) * _HALF / math.pi
 
     def frames(self, samples: int) -> int:
         """Frames of an utterance of ``samples`` >= 1 samples."""
@@ -73,14 +73,14 @@ class GaborBank(nn.Module):
     def kernels(self) -> tuple[Tensor, Tensor]:
         """Real and imaginary parts of the filters one behind the other (2 n_mels, 1, length), and the low-pass windows
         (n_mels, 1, length / stride)."""
-        t = torch.arange(-self.half, self.half + 1, device=self.center.device, dtype=torch.float32)
+        t = torch.arange(-self.reach, self.reach + 1, device=self.center.device, dtype=torch.float32)
         center = self.center.float().clamp(0, math.pi)[:, None]
         width = self.width.float().clamp(self._narrowest(), self._widest())[:, None]
         envelope = torch.exp(-0.5 * (t / width).square()) / (math.sqrt(2 * math.pi) * width)
         filters = torch.cat([envelope * torch.cos(center * t), envelope * torch.sin(center * t)])
-        steps = self.half // self.cfg.wave_stride
+        steps = self.reach // self.cfg.wave_stride
         u = torch.arange(-steps, steps + 1, device=t.device, dtype=torch.float32) / max(1, steps)
-        pooling = self.pooling.float().clamp(2 / (2 * self.half + 1), 0.5)[:, None]
+        pooling = self.pooling.float().clamp(2 / (2 * self.reach + 1), 0.5)[:, None]
         windows = torch.exp(-0.5 * (u / pooling).square())
         return filters[:, None], (windows / windows.sum(1, keepdim=True))[:, None]
 
@@ -97,14 +97,14 @@ class GaborBank(nn.Module):
         """(utterances, samples) -> (utterances, frames, n_mels)"""
         cfg, samples = self.cfg, wavs.shape[1]
         frames = self.frames(samples)
-        first = 0 if cfg.center else self.half  # sample on which frame 0 is centred
-        begin = first - 2 * self.half
-        end = first + (frames - 1) * cfg.hop_length + 2 * self.half + 1
+        first = 0 if cfg.center else self.reach  # sample on which frame 0 is centred
+        begin = first - 2 * self.reach
+        end = first + (frames - 1) * cfg.hop_length + 2 * self.reach + 1
         x = F.pad(wavs * cfg.scale, (-begin, max(0, end - samples)))[:, : end - begin]
         z = F.conv1d(x[:, None], filters, stride=cfg.wave_stride)
         energy = z[:, : cfg.n_mels].square() + z[:, cfg.n_mels :].square()
         # what the window reads beyond the utterance's ends is silence, not the tails of the filters
-        at = begin + self.half + cfg.wave_stride * torch.arange(energy.shape[2], device=x.device)
+        at = begin + self.reach + cfg.wave_stride * torch.arange(energy.shape[2], device=x.device)
         energy = energy * ((at >= 0) & (at < samples))
         pooled = F.conv1d(energy, windows, stride=cfg.hop_length // cfg.wave_stride, groups=cfg.n_mels)
         return pooled.transpose(1, 2)

@@ -70,14 +70,17 @@ def test_experiments_keep_full_paths(tmp_path, monkeypatch):
     class Runner:
         def __init__(self, args, config):
             seen.append(vars(args).copy())
+            self.upstream = types.SimpleNamespace(model=types.SimpleNamespace(layer_names=("block_1", "block_2")))
 
     arguments.keep_full_paths(types.SimpleNamespace(Runner=Runner))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.pt").write_bytes(b"")
     for given in ("model.pt", str(tmp_path / "model.pt"), "http://host/model.pt", "nowhere.pt", None):
         Runner(argparse.Namespace(upstream_ckpt=given, upstream_model_config=None), {})
+    Runner(args := argparse.Namespace(upstream_ckpt=None, upstream_model_config=None), {})
+    assert args.upstream_layer_names == ["block_1", "block_2"]
     full = str(tmp_path / "model.pt")
-    assert [args["upstream_ckpt"] for args in seen] == [full, full, "http://host/model.pt", "nowhere.pt", None]
+    assert [args["upstream_ckpt"] for args in seen] == [full, full, "http://host/model.pt", "nowhere.pt", None, None]
 
 
 def test_s3prl_problem_can_be_imported():

@@ -352,6 +352,25 @@ def test_cka_addon_takes_it_as_any_upstream(hub, speaker):
     assert len(model(noise(16000)[0])) == 4
 
 
+def test_layer_weights_are_shown_by_member(hub, tmp_path):
+    import argparse
+
+    import pandas
+
+    from cka_addon.cli import main
+
+    names = ["toy:layer_0", "toy:layer_1", "toy:layer_2", "fbank:layer_0"]
+    arguments = argparse.Namespace(upstream="fusion", downstream="sid", upstream_layer_names=names)
+    state = {"Featurizer": {"weights": torch.tensor([0.0, 0.0, 0.0, 3.0]).log1p()}, "Args": arguments, "Step": 1}
+    torch.save(state, tmp_path / "states-1.ckpt")
+    assert main(["layer-weights", str(tmp_path / "states-1.ckpt"), "-o", str(tmp_path / "out")]) == 0
+    shares = pandas.read_csv(tmp_path / "out" / "member_weights.csv")
+    assert shares["member"].tolist() == ["toy", "fbank"] and shares["layers"].tolist() == [3, 1]
+    assert shares["weight"].tolist() == pytest.approx([3 / 7, 4 / 7])
+    layers = pandas.read_csv(tmp_path / "out" / "layer_weights.csv")
+    assert layers["layer_name"].tolist() == names
+
+
 def test_memory_of_the_slots_is_said(hub, caplog):
     with caplog.at_level(logging.INFO):
         hub.fusion(ckpt="toy+fbank")
