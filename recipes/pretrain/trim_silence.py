@@ -6,21 +6,20 @@
 A recording's speech spans its first to last 25 ms frame less than ``--below`` dB under its loudest one, and 0.1 s more
 on both sides. DINO takes crops of one recording for two views of one speaker: where more than half of a recording is
 silence, as in spoken commands, most pairs of crops have nothing in common and training learns little.
-Files that exist are skipped; prints how many seconds were kept.
+Channels are averaged; files that exist are skipped, unusable ones named. Prints how many minutes were kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-import soundfile
 from tqdm import tqdm
 
-from s3prl_speaker_upstreams.common.audio import find_audio
+from s3prl_speaker_upstreams.common.audio import find_audio, read_audio, write_audio
 from s3prl_speaker_upstreams.data.trim import speech_span
+from s3prl_speaker_upstreams.errors import BadAudio
 
 
 def main() -> None:
@@ -34,18 +33,26 @@ def main() -> None:
     files = find_audio(args.source)
     if not files:
         sys.exit(f"{args.source}: no recordings there")
+    targets = [(args.destination / path.relative_to(args.source)).with_suffix(".flac") for path in files]
+    if len(set(targets)) < len(targets):
+        double = next(t for n, t in enumerate(targets) if t in targets[:n])
+        sys.exit(f"{args.source}: two recordings would become {double}; they differ in their ending only")
     before = after = 0.0
-    for path in tqdm(files, desc="trimming", unit="file", delay=2):
-        target = (args.destination / path.relative_to(args.source)).with_suffix(".flac")
-        wav, rate = soundfile.read(path, dtype="float32")
-        start, end = speech_span(wav if wav.ndim == 1 else wav.mean(1), rate, args.below)
+    unusable = []
+    for path, target in tqdm(list(zip(files, targets, strict=True)), desc="trimming", unit="file", delay=2):
+        try:
+            wav, rate = read_audio(path, sample_rate=None)
+        except BadAudio as error:
+            unusable.append(str(error))
+            continue
+        start, end = speech_span(wav, rate, args.below)
         before, after = before + len(wav) / rate, after + (end - start) / rate
         if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(f".{target.name}.part")
-            soundfile.write(beside, wav[start:end], rate, format="FLAC")
-            os.replace(beside, target)
-    sys.stdout.write(f"{len(files)} files, {after / 60:.1f} of {before / 60:.1f} minutes kept in {args.destination}\n")
+            write_audio(target, wav[start:end], rate)
+    for line in unusable:
+        sys.stderr.write(f"unusable: {line}\n")
+    kept = len(files) - len(unusable)
+    sys.stdout.write(f"{kept} files, {after / 60:.1f} of {before / 60:.1f} minutes kept in {args.destination}\n")
 
 
 if __name__ == "__main__":
