@@ -7,12 +7,13 @@
 # Reads  $SPEECH/{commands,noise,rirs} to train and $SPEECH/digits/<speaker> to test (unseen speakers).
 # Writes $OUT/speech (the speech without silent ends), $OUT/seed{1,2,3} and $OUT/results (tables and curves).
 # Steps and final checkpoint are fixed in the preset small_dino (SET="run.steps=20" changes settings); nothing is chosen
-# by the test. What is done is skipped; a stopped run goes on.
+# by the test. What was made from the same speech and settings is skipped; a stopped run goes on.
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 HERE=$(cd "$(dirname "$0")" && pwd)
 ROOT=$(cd "$HERE/../.." && pwd)
 source "$HERE/../env/python.sh" # sets PYTHON
+source "$HERE/stage.sh"
 SPEECH=${SPEECH:-}
 read -ra SET <<<"${SET:-}"
 OUT=${OUT:-$ROOT/exp/small_dino}
@@ -26,20 +27,25 @@ trim() {
 }
 
 train() {
-  local seed
+  local seed run inputs
   for seed in $SEEDS; do
-    [ -s "$OUT/seed$seed/model.safetensors" ] ||
-      $RUN "$PYTHON" -m s3prl_speaker_upstreams pretrain --preset small_dino --data "$OUT/speech" \
-        --noise "$SPEECH/noise" --out "$OUT/seed$seed" --set "run.seed=$seed" run.threads=1 ${SET[@]+"${SET[@]}"}
+    run=(--preset small_dino --data "$OUT/speech" --noise "$SPEECH/noise" --out "$OUT/seed$seed"
+      --set "run.seed=$seed" run.threads=1 ${SET[@]+"${SET[@]}"})
+    inputs=("$("$PYTHON" -m s3prl_speaker_upstreams pretrain "${run[@]}" --show)" "$OUT/speech" "$SPEECH/noise")
+    fresh "$OUT/seed$seed/model.safetensors" "${inputs[@]}" && continue
+    $RUN "$PYTHON" -m s3prl_speaker_upstreams pretrain "${run[@]}"
+    made "$OUT/seed$seed/model.safetensors" "${inputs[@]}"
   done
 }
 
 evaluate() {
-  local runs=() seed
-  for seed in $SEEDS; do runs+=("$OUT/seed$seed"); done
-  [ -s "$OUT/results/digits_summary.csv" ] ||
+  local runs=() inputs=("$OUT/speech" "$SPEECH/digits" "$SPEECH/noise" "$SPEECH/rirs") seed
+  for seed in $SEEDS; do runs+=("$OUT/seed$seed") inputs+=("$OUT/seed$seed/model.safetensors"); done
+  if ! fresh "$OUT/results/digits_summary.csv" "${inputs[@]}"; then
     $RUN "$PYTHON" "$HERE/small_evaluate.py" "${runs[@]}" --digits "$SPEECH/digits" --train "$OUT/speech" \
       --noise "$SPEECH/noise" --rirs "$SPEECH/rirs" --out "$OUT/results"
+    made "$OUT/results/digits_summary.csv" "${inputs[@]}"
+  fi
   cat "$OUT/results/digits_summary.csv"
 }
 

@@ -45,7 +45,7 @@ evaluate() {
   local name list inputs
   for name in O:veri_test2 E:list_test_all2 H:list_test_hard2; do
     list=${name#*:} name=${name%%:*}
-    inputs=("$OUT/average.safetensors" "$DATA/trials/$list.txt" "$DATA/vox2_dev" "$DEVICE")
+    inputs=("$OUT/average.safetensors" "$DATA/trials/$list.txt" "cohort $DATA/vox2_dev" "$DEVICE")
     fresh "$OUT/vox1_$name.json" "${inputs[@]}" && continue
     speaker evaluate "$OUT/average.safetensors" "$DATA/trials/$list.txt" --root "$DATA/voxceleb1/wav" \
       --cohort "$DATA/vox2_dev" --device "$DEVICE" --scores "$OUT/vox1_$name.tsv" --out "$OUT/vox1_$name.json"

@@ -344,10 +344,11 @@ class Trainer:
                     interval, waited, interval_steps = time.perf_counter(), self.loader.waited_seconds, 0
                 if stop:
                     self.stopped = stop
-                    logger.warning(
-                        "step %d of %d: asked to stop by %s; %s. The same command goes on from there.",
-                        self.step, self.last_step, signal.Signals(stop).name, self._kept(),
-                    )  # fmt: skip
+                    if is_main():
+                        logger.warning(
+                            "step %d of %d: asked to stop by %s; %s. The same command goes on from there.",
+                            self.step, self.last_step, signal.Signals(stop).name, self._kept(),
+                        )  # fmt: skip
                     break
         return last
 

@@ -210,4 +210,10 @@ def test_the_small_recipe_runs_up_to_the_shipped_file(tmp_path):
     env["SHIP"] = str(tmp_path / "shipped.safetensors")
     text = recipe("small.sh", ["trim", "train", "evaluate", "ship"], env)
     assert "trained,clean,cosine" in text and "untrained,channel,wccn" in text
-    assert (tmp_path / "shipped.safetensors").exists() and (tmp_path / "out" / "results" / "curves.png").exists()
+    results, model = tmp_path / "out" / "results", tmp_path / "out" / "seed3" / "model.safetensors"
+    assert (tmp_path / "shipped.safetensors").exists() and (results / "curves.png").exists()
+    made = [path.stat().st_mtime_ns for path in (model, results / "digits_summary.csv")]
+    recipe("small.sh", ["train", "evaluate"], env)  # from the same speech and settings: skipped
+    assert [path.stat().st_mtime_ns for path in (model, results / "digits_summary.csv")] == made
+    text = recipe("small.sh", ["train"], {**env, "SET": changed + " optim.lr=0.5"}, code=1)
+    assert "optim.lr: 0.001 before, 0.5 now" in text
