@@ -102,6 +102,33 @@ examples:
     p.add_argument("--parquet", action="store_true", help="also write a .parquet table")
 
     p = add(
+        "compare",
+        "Is one similarity larger than another? Differences with intervals, paired over the same utterances.",
+        """\
+examples:
+  cka-addon compare result.json wavlm/11,dino/block_1 wavlm/11,dino/block_4
+  cka-addon compare before.json after.json wavlm/3,wavlm/11
+  cka-addon compare minibatch.json full.json
+""",
+    )
+    p.add_argument("results", nargs="+", metavar="RESULT|PAIR", help="one or two results, then pairs of layers")
+    p.add_argument("--measure", default="cka", help="which measure of the results (default cka)")
+    p.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default 0.95)")
+    p.add_argument("-o", "--out", metavar="FILE", help="also write the differences as CSV")
+
+    p = add(
+        "trajectory",
+        "How layers change in training: checkpoints of one run against the last and the first.",
+        'example:\n  cka-addon trajectory "s3prl:ecapa_dino_local ckpt={}" RUN/*.pt -a wavs/ --mode full -o traj/\n',
+    )
+    p.add_argument("template", metavar="MODEL", help="the model with {} where the checkpoint goes")
+    p.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints; ordered by the numbers in their names")
+    add_arguments(p, Inputs, only=("audio", "limit", "skip_unreadable", "device"), required=("audio",))
+    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="where result, table and picture go")
+    p.add_argument("--formats", default="png,pdf", help="endings, with commas (default png,pdf)")
+    add_arguments(p, Options)
+
+    p = add(
         "plot",
         "Draw a result: heat map of every model and pair, the grid of all, lines. PNG and PDF, with CSV.",
         "example:\n  cka-addon plot result.json -o figures/ --to dino/block_4\n",
@@ -183,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compute": _compute,
         "merge": _merge,
         "plot": _plot,
+        "compare": _compare,
+        "trajectory": _trajectory,
         "layer-weights": _layer_weights,
         "report": _report,
         "probe": probe_cli.run,
@@ -342,6 +371,62 @@ def _merge(args: argparse.Namespace) -> int:
     from cka_addon.run import merge
 
     _write_result(merge(args.parts), args.out, args.parquet)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from cka_addon import compare, provenance
+    from cka_addon.errors import SpecError
+    from cka_addon.result import CKAResult
+
+    files = [a for a in args.results if a.endswith(".json")]
+    texts = [a for a in args.results if not a.endswith(".json")]
+    if not 1 <= len(files) <= 2:
+        raise SpecError(f"got {len(files)} results; expected one or two .json files of compute")
+    loaded = [CKAResult.load(f).of(args.measure) for f in files]
+    first, second = loaded[0], loaded[-1]
+    if len(loaded) == 2:
+        modes = [r.details["options"]["mode"] for r in loaded]
+        if sorted(modes) == ["full", "minibatch"]:
+            logger.warning("%s", compare.bias_of_minibatches(*(loaded if modes[1] == "full" else loaded[::-1])))
+        if texts:
+            pairs = [(compare.pair_of(first, t), compare.pair_of(second, t)) for t in texts]
+            found = compare.differences(first, second, pairs, confidence=args.confidence)
+        else:
+            found = compare.every_pair(first, second, confidence=args.confidence)
+    else:
+        if len(texts) < 2:
+            raise SpecError("got fewer than two pairs of layers; expected MODEL/LAYER,MODEL/LAYER twice or more")
+        rows = [compare.pair_of(first, t) for t in texts]
+        found = compare.differences(first, first, [(rows[0], r) for r in rows[1:]], confidence=args.confidence)
+    for item in found:
+        sys.stdout.write(f"{item}\n")
+    if args.out:
+        import pandas
+
+        data = pandas.DataFrame([asdict(d) for d in found])
+        logger.info("wrote %s", provenance.write_atomically(args.out, lambda t: data.to_csv(t, index=False)))
+    return 0
+
+
+def _trajectory(args: argparse.Namespace) -> int:
+    from cka_addon import trajectory
+    from cka_addon.run import compute
+
+    result = compute(
+        trajectory.specifications(args.template, args.checkpoints),
+        args.audio,
+        options=from_args(args, Options),
+        limit=args.limit,
+        skip_unreadable=args.skip_unreadable,
+        device=_device(args),
+        progress=not args.quiet,
+        announce=logger.info,
+    )
+    written = trajectory.write(result, args.out, args.formats.split(","))
+    logger.info("wrote %s", "\n      ".join(map(str, written)))
     return 0
 
 
