@@ -78,7 +78,7 @@ _PARTS = re.compile(
 )
 _CHOICES = (
     "--set data.layout=speaker (the folder a list's file lies in, or the first folder below a folder), =voxceleb, "
-    "=librispeech or =none (nobody is known), or a list with 'speaker path' lines"
+    "=librispeech or =none (nobody is known), or a list with 'speaker path' lines (of a cohort: --cohort-layout)"
 )
 
 

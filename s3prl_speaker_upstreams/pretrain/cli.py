@@ -174,7 +174,7 @@ def _calibration(source: str, batches: int, rows: int = 32, seconds: float = 3.0
     from ..data.datasets import MultiCropDataset
     from ..data.manifest import build_manifest
 
-    manifest = build_manifest(source)
+    manifest = build_manifest(source, layout="none")
     dataset = MultiCropDataset(manifest, n_global=1, n_local=0, global_seconds=seconds)
     picks = np.linspace(0, len(manifest) - 1, batches * rows).astype(int)
     for start in range(0, len(picks), rows):

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from s3prl_speaker_upstreams.data.lists import LAYOUTS
+
 __all__ = ["add_parsers"]
 
 # (source, which checkpoint, role) -> encoder of a training run, or None if the source is no run.
@@ -44,6 +46,10 @@ def add_parsers(subparsers: Any, open_run: OpenRun | None = None) -> None:
     )  # fmt: skip
     p.add_argument("--cohort", metavar="FOLDER|LIST", help="speech of other speakers, for mean subtraction and AS-norm")
     p.add_argument("--cohort-utterances", type=int, default=3000, metavar="N", help="at most so many (default: 3000)")
+    p.add_argument(
+        "--cohort-layout", choices=LAYOUTS, default="auto",
+        help="where the cohort's speakers are: list, voxceleb, librispeech, speaker (folders), none (default: auto)",
+    )  # fmt: skip
     p.add_argument("--top-n", type=int, default=300, metavar="N", help="nearest members for AS-norm (default: 300)")
     p.add_argument("--scores", metavar="TSV", help="write every trial's scores here")
     p.add_argument("--out", metavar="JSON", help="also write the result here")
@@ -95,6 +101,7 @@ def _evaluate(args: argparse.Namespace, open_run: OpenRun | None) -> int:
     options = {
         "cohort": args.cohort,
         "cohort_utterances": args.cohort_utterances,
+        "cohort_layout": args.cohort_layout,
         "top_n": args.top_n,
         "max_seconds": args.max_seconds,
         "bootstrap_samples": args.intervals,

@@ -83,6 +83,7 @@ def verify(
     *,
     cohort: Manifest | str | os.PathLike[str] | None = None,
     cohort_utterances: int = 3000,
+    cohort_layout: str = "auto",
     top_n: int = 300,
     sample_rate: int = 16000,
     max_seconds: float | None = None,
@@ -109,6 +110,8 @@ def verify(
         ``asnorm_...``; where it is labelled, a member is the mean over a speaker.
     cohort_utterances : int
         At most so many of it, see :func:`choose_cohort`.
+    cohort_layout : str
+        Where the speakers of a folder or list are, one of ``data.lists.LAYOUTS``.
     top_n : int
         Nearest members of the cohort that AS-norm uses, of either side.
     sample_rate, max_seconds : as of :func:`.embedding.embed_files`
@@ -147,6 +150,8 @@ def verify(
         )
     scores = {"cosine": score_trials(trials, embeddings)}
     if cohort is not None:
+        if not isinstance(cohort, Manifest):
+            cohort = build_manifest(cohort, layout=cohort_layout, min_seconds=0.25, progress=progress)
         members, mean = _cohort(embed, cohort, cohort_utterances, seed, progress, options, notes)
         scores["mean"] = score_trials(trials, embeddings, mean=mean)
         scores["asnorm"] = score_trials(trials, embeddings, mean=mean, cohort=members, top_n=top_n)
@@ -270,7 +275,7 @@ def choose_cohort(cohort: Manifest, utterances: int, seed: int = 0) -> np.ndarra
 
 def _cohort(
     embed: Embed,
-    cohort: Manifest | str | os.PathLike[str],
+    cohort: Manifest,
     utterances: int,
     seed: int,
     progress: bool,
@@ -278,8 +283,6 @@ def _cohort(
     notes: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Members (M, D), means over speakers where these are known, and the mean (D,) over recordings."""
-    if not isinstance(cohort, Manifest):
-        cohort = build_manifest(cohort, progress=progress)
     chosen = choose_cohort(cohort, utterances, seed)
     unusable: dict[str, str] = {}
     rows = embed_files(

@@ -55,6 +55,11 @@ def test_a_cohort_may_be_a_folder_a_list_or_a_manifest(corpus):
         level, corpus / "trials.txt", corpus / "wav", cohort=corpus / "cohort.csv", top_n=2, progress=False
     )
     assert listed == given
+    folder = verification(
+        level, corpus / "trials.txt", corpus / "wav", cohort=corpus / "cohort", cohort_layout="none", top_n=2,
+        progress=False,
+    )  # fmt: skip
+    assert folder["mean_eer"] == given["mean_eer"] and folder["eer"] == given["eer"]
 
 
 def test_the_mean_is_that_of_the_cohort(corpus):
