@@ -163,7 +163,7 @@ def _row(name: str, tasks: Mapping[str, list[Result]]) -> _Row:
 
 def _s3prl(result: Result) -> str:
     own = result.get("s3prl") or {"version": result["versions"].get("s3prl", "?")}
-    return f"{own['version']}{'@' + own['revision'][:8] if own.get('revision') else ''}"
+    return f"{own['version']}{'@' + own['revision'][:16] if own.get('revision') else ''}"
 
 
 def _joined(texts: Any) -> str:

@@ -97,11 +97,17 @@ def stack(run: Run) -> dict[str, str]:
 
 
 def s3prl_version(run: Run) -> dict[str, str | None]:
-    """Version, and the commit where a checkout is used."""
+    """Version and, where a checkout is used, its commit; a digest of its sources where that does not say it all."""
     if run.s3prl_root is not None:
         file = run.s3prl_root / "s3prl" / "version.txt"
         version = file.read_text().strip() if file.is_file() else None
-        return {"version": version, "revision": provenance.git_revision(run.s3prl_root)}
+        # a copy inside another project's checkout must not be given that project's commit
+        revision = provenance.git_revision(run.s3prl_root) if (run.s3prl_root / ".git").exists() else None
+        if revision is None or revision.endswith("-dirty"):
+            package = run.s3prl_root / "s3prl"
+            sources = {str(one.relative_to(package)): file_sha256(one) for one in sorted(package.rglob("*.py"))}
+            revision = f"{revision or 'copy'}+{json_sha256(sources)[:12]}"
+        return {"version": version, "revision": revision}
     found = provenance.versions(("s3prl", "espnet-s3prl"))
     names = [f"{name} {found[name]}" for name in ("s3prl", "espnet-s3prl") if name in found]
     return {"version": ", ".join(names).removeprefix("s3prl ") or None, "revision": None}

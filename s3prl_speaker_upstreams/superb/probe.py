@@ -16,6 +16,8 @@ from typing import Any
 
 __all__ = ["main"]
 
+_SEED = 1337
+
 
 def _layers(chosen: Any) -> list[Any]:
     if isinstance(chosen, dict):
@@ -31,9 +33,11 @@ def _look(entry: Any, args: argparse.Namespace) -> dict[str, Any]:
 
     from s3prl_speaker_upstreams.common.digests import state_sha256
 
-    random.seed(args.seed)  # as the runner does: an upstream of random weights is then the same one
-    np.random.seed(args.seed)  # noqa: NPY002 - the runner seeds this one
-    torch.manual_seed(args.seed)
+    # what an upstream draws at random (unused heads, whole untrained networks) must not tell equal weights apart; a
+    # run's own seed is a field of its identity for itself
+    random.seed(_SEED)
+    np.random.seed(_SEED)  # noqa: NPY002 - upstreams use this one
+    torch.manual_seed(_SEED)
     model = entry(ckpt=args.ckpt, model_config=args.model_config, refresh=False).to(args.device).eval()
     noise = torch.randn(16000, generator=torch.Generator().manual_seed(0)).to(args.device)
     with torch.no_grad():
@@ -62,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model-config")
     parser.add_argument("--feature", default="hidden_states")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args(argv)
 
     from s3prl import hub

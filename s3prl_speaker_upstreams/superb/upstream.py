@@ -42,7 +42,7 @@ def probe(run: Run) -> dict[str, Any]:
 
     Raises UnknownUpstream if s3prl does not know it or it gives no such feature; RunFailed if it does not load.
     """
-    arguments = [run.upstream, "--feature", run.feature, "--device", run.device, "--seed", str(run.seed)]
+    arguments = [run.upstream, "--feature", run.feature, "--device", run.device]
     for option, value in (("--ckpt", run.place(run.ckpt)), ("--model-config", run.place(run.model_config))):
         arguments += [option, value] if value else []
     text = stock.run_stock(run, arguments, run.folder / "check.log", module="s3prl_speaker_upstreams.superb.probe")

@@ -323,6 +323,19 @@ def test_other_package_versions_are_refused_unless_accepted_and_then_named(make,
     assert "--accept stack" in _result(accepted)["not_stock"]
 
 
+def test_a_changed_checkout_of_s3prl_is_another_one(make, tmp_path):
+    package = tmp_path / "checkout" / "s3prl"
+    package.mkdir(parents=True)
+    (package / "version.txt").write_text("0.4.17\n")
+    (package / "run_downstream.py").write_text("a = 1\n")
+    run = make("KS", s3prl_root=tmp_path / "checkout")
+    then = identity.s3prl_version(run)
+    assert then["version"] == "0.4.17" and then["revision"].startswith("copy+")
+    assert identity.s3prl_version(run) == then
+    (package / "run_downstream.py").write_text("a = 2\n")
+    assert identity.differences({"s3prl": then}, {"s3prl": identity.s3prl_version(run)})[0][0] == "s3prl.revision"
+
+
 # ---------------------------------------------------------------------------------------------- what is stock
 
 
