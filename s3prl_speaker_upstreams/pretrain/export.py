@@ -21,7 +21,7 @@ from ..errors import CheckpointMismatch, CheckpointUnreadable, ConfigError
 from .checkpointing import CheckpointStore, is_run_checkpoint
 from .config import PretrainConfig
 from .norms import recalibrate_norms
-from .objective import ENCODERS, model_configs, roles_of
+from .objective import ENCODERS, encoder_from, model_configs, roles_of
 
 __all__ = [
     "average_checkpoints",
@@ -75,9 +75,7 @@ def encoder_of(state: dict[str, Any], role: str | None = None) -> tuple[SpeakerE
         raise ConfigError(f"role {role!r}: this {config.method} run has {' and '.join(valid)}")
     prefix = ENCODERS[config.method][role]
     weights = {k[len(prefix) :]: v for k, v in state["task"].items() if k.startswith(prefix)}
-    encoder = SpeakerEncoder(*model_configs(config.model))
-    encoder.ecapa.load_state_dict(weights)
-    return encoder.eval(), role
+    return encoder_from(weights, *model_configs(config.model)), role
 
 
 def _metrics_at(run: Path, step: int) -> dict[str, Any]:
@@ -240,7 +238,7 @@ def average_checkpoints(
                     format="native",
                     role=found,
                     provenance={},
-                    frontend_buffers={},
+                    frontend_buffers=encoder.frontend.own_tensors(),
                 )
             )
         else:
@@ -260,7 +258,7 @@ def average_checkpoints(
         format="native",
         role=first.role,
         provenance={},
-        frontend_buffers=first.frontend_buffers,
+        frontend_buffers=average_states([dict(c.frontend_buffers) for c in checkpoints]),
     )
     provenance = {**base, "averaged": [file.name for file in files]}
     return Path(save_native(result, destination, provenance, role=first.role, fp16=fp16))

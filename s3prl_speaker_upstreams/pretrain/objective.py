@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from ..data.augment import AugmentConfig
 from ..data.masking import mask_features
 from ..ecapa import Ecapa, EcapaConfig, Frontend, FrontendConfig, Ragged, SpeakerEncoder
 from ..ecapa.config import DIALECTS
+from ..ecapa.wave import GaborBank
 from ..errors import ConfigError
 from .config import ModelConfig
 
@@ -83,7 +84,8 @@ class CropFeatures(nn.Module):
     """A loader's batch to normalised log-mel features, without gradient and in float32.
 
     Waveform crops ``(rows, samples)`` go through the front-end; cached log-mel crops ``(rows, frames, n_mels)``, which
-    were computed before normalisation, are normalised as the front-end would.
+    were computed before normalisation, are normalised as the front-end would. Of ``kind: wave`` the crops stay
+    waveforms: the filters belong to the network that is trained.
     """
 
     def __init__(
@@ -96,10 +98,16 @@ class CropFeatures(nn.Module):
         super().__init__()
         self.config, self.frontend, self.speakers, self.seed = config, Frontend(config), speakers, seed
         self.masks = masks if masks is not None and masks.mask_p > 0 else None
+        if config.kind == "wave" and self.masks is not None:
+            raise ConfigError("data.augment.mask_p hides parts of fixed features; expected 0 with kind=wave")
 
     @torch.no_grad()
     def forward(self, crops: Tensor) -> Tensor:
-        """-> (rows, frames, n_mels)"""
+        """-> (rows, frames, n_mels), of ``kind: wave`` (rows, samples)"""
+        if self.config.kind == "wave":
+            if crops.dim() != 2:
+                raise ConfigError("the features of kind=wave change while they are learnt: switch their cache off")
+            return crops.float()
         if crops.dim() == 2:
             ragged = self.frontend(list(crops.float().unbind(0)))
             return ragged.data.view(crops.shape[0], -1, ragged.data.shape[1])
@@ -136,20 +144,59 @@ class CropFeatures(nn.Module):
         )
 
 
+def build_network(ecapa: EcapaConfig, frontend: FrontendConfig) -> Ecapa:
+    """The network to train; with ``kind: wave`` the filters are part of it, as ``bank``.
+
+    So they are trained, averaged into a teacher and saved with the network.
+    """
+    network = Ecapa(ecapa)
+    if frontend.kind == "wave":
+        network.bank = GaborBank(frontend)
+    return network
+
+
+def network_state(encoder: SpeakerEncoder) -> dict[str, Tensor]:
+    """An encoder's weights by the names of :func:`build_network`."""
+    filters = encoder.frontend.own_tensors() if encoder.frontend.cfg.kind == "wave" else {}
+    return {**encoder.ecapa.state_dict(), **{f"bank.{name}": tensor for name, tensor in filters.items()}}
+
+
+def encoder_from(state: Mapping[str, Tensor], ecapa: EcapaConfig, frontend: FrontendConfig) -> SpeakerEncoder:
+    """The inverse of :func:`network_state`: an encoder in eval mode on the CPU."""
+    cpu = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    filters = {name.removeprefix("bank."): tensor for name, tensor in cpu.items() if name.startswith("bank.")}
+    encoder = SpeakerEncoder(ecapa, frontend, "float32", **filters)
+    encoder.ecapa.load_state_dict({name: tensor for name, tensor in cpu.items() if not name.startswith("bank.")})
+    return encoder.eval()
+
+
 class CropEncoder(nn.Module):
     """ECAPA-TDNN on equally long crops, in float32, bfloat16 or float16 (parameters stay float32).
 
+    frontend : where the network has filters of its own (``kind: wave``), what makes features of waveforms by them
     compiled : run it through ``torch.compile``; each new shape is compiled when it is first met, and the log says for
     how long.
     """
 
-    def __init__(self, ecapa: Ecapa, precision: str = "fp32", compiled: bool = False) -> None:
+    def __init__(
+        self, ecapa: Ecapa, precision: str = "fp32", compiled: bool = False, frontend: FrontendConfig | None = None
+    ) -> None:
         super().__init__()
         self.ecapa, self.precision, self.compiled = ecapa, precision, compiled
+        self._frontend: tuple[Frontend, ...] = ()
+        if hasattr(ecapa, "bank"):
+            if frontend is None:
+                raise ConfigError("a network with filters of its own needs the front-end's configuration")
+            made = Frontend(frontend)
+            made.bank = ecapa.bank  # the network's own, which the optimizer sees there
+            self._frontend = (made,)
         self._shapes: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
 
     def forward(self, features: Tensor) -> Tensor:
-        """features : (rows, frames, n_mels) -> embeddings (rows, dim) float32"""
+        """features : (rows, frames, n_mels), or waveforms (rows, samples) -> embeddings (rows, dim) float32"""
+        if features.dim() == 2:
+            ragged = self._frontend[0](list(features.unbind(0)))
+            features = ragged.data.view(len(features), -1, ragged.data.shape[1])
         low = self.precision != "fp32"
         with torch.autocast(features.device.type, dtype=_DTYPES.get(self.precision), enabled=low):
             return (self._compiled(features) if self.compiled else self._embed(features)).float()
@@ -210,9 +257,7 @@ class Objective(nn.Module):
 
 def speaker_encoder(ecapa: Ecapa, frontend: FrontendConfig) -> SpeakerEncoder:
     """A copy of a network in training, with its front-end, in eval mode on the CPU."""
-    encoder = SpeakerEncoder(ecapa.cfg, frontend)
-    encoder.ecapa.load_state_dict({k: v.detach().cpu() for k, v in ecapa.state_dict().items()})
-    return encoder.eval()
+    return encoder_from(ecapa.state_dict(), ecapa.cfg, frontend)
 
 
 def parameter_groups(module: nn.Module, decay_norm_and_bias: bool = False) -> list[dict[str, Any]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from ..ecapa import Ecapa
 from .config import PretrainConfig
 from .dino import Dino
-from .objective import CropEncoder, Objective, model_configs
+from .objective import CropEncoder, Objective, build_network, model_configs
 from .pairs import Simclr, Vicreg
 from .supervised import Supervised
 
@@ -19,8 +18,8 @@ def build_objective(config: PretrainConfig, classes: int = 0) -> Objective:
     >>> type(build_objective(load("smoke"))).__name__
     'Dino'
     """
-    ecapa, _ = model_configs(config.model)
-    encoder = CropEncoder(Ecapa(ecapa), config.run.precision, config.run.compile)
+    ecapa, frontend = model_configs(config.model)
+    encoder = CropEncoder(build_network(ecapa, frontend), config.run.precision, config.run.compile, frontend)
     dim = ecapa.embedding_dim
     if config.method == "dino":
         return Dino(encoder, dim, config.dino)

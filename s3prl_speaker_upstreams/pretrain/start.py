@@ -25,7 +25,7 @@ from ..weights import REGISTRY, resolve
 from .checkpointing import CheckpointStore, is_run_checkpoint
 from .config import ModelConfig, PretrainConfig, read_yaml
 from .export import encoder_of, find_checkpoint
-from .objective import Objective, model_configs
+from .objective import Objective, model_configs, network_state
 
 __all__ = ["Start", "adopted", "begin_from", "read_start"]
 
@@ -60,7 +60,7 @@ def read_start(source: str) -> Start:
         encoder, role = encoder_of(state)
         logger.info("model.init: %s is a run of ours (%s, step %d): its %s", source, state["config"]["method"],
                     state["step"], role)  # fmt: skip
-        return Start(source, encoder.ecapa.cfg, encoder.frontend.cfg, encoder.ecapa.state_dict(), state)
+        return Start(source, encoder.ecapa.cfg, encoder.frontend.cfg, network_state(encoder), state)
     if not path.exists() and source in REGISTRY:
         entry = REGISTRY[source]
         options: dict[str, Any] = {"frontend": entry.frontend} if entry.frontend else {}
@@ -72,8 +72,12 @@ def read_start(source: str) -> Start:
             f"model.init={source}: no such file or folder, and no name of the registry; "
             f"{did_you_mean(source, REGISTRY)}"
         )
-    _check_buffers(source, checkpoint.frontend, checkpoint.frontend_buffers)
-    return Start(source, checkpoint.ecapa, checkpoint.frontend, checkpoint.state)
+    filters: dict[str, Tensor] = {}
+    if checkpoint.frontend.kind == "wave":
+        filters = {f"bank.{name}": tensor for name, tensor in checkpoint.frontend_buffers.items()}
+    else:
+        _check_buffers(source, checkpoint.frontend, checkpoint.frontend_buffers)
+    return Start(source, checkpoint.ecapa, checkpoint.frontend, {**checkpoint.state, **filters})
 
 
 def _check_buffers(source: str, config: FrontendConfig, buffers: Mapping[str, Tensor]) -> None:

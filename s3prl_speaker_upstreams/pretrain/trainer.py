@@ -306,7 +306,7 @@ class Trainer:
             while self.step < end:
                 if self.selection is not None and self.selection.due(self.step):
                     ecapa = next(iter(self.objective.networks().values()))
-                    network = CropEncoder(ecapa, run.precision).to(self.device)
+                    network = CropEncoder(ecapa, run.precision, frontend=self.frontend).to(self.device)
                     self.selection.refresh(self.step, network, self.features, self.device)
                 schedule = self._set_schedules(self.step + self.shift)
                 own_loss, ids = self._accumulated_backward(model, batches)
