@@ -32,7 +32,8 @@ class Settings:
     probes : "linear" and / or "mlp";  folds : 2 or more, or 1 to hold a quarter of the groups out
     solver : "exact" (in memory, to convergence), "stream" (any number of examples) or "auto" (exact up to 30,000
         examples that fit `memory`, bytes);  control, mdl : whether to fit the control task and the online code
-    ignore : values that are no label (silence);  min_count : classes with fewer examples are left out and counted
+    min_count : classes with fewer examples are left out and counted
+    confidence, resamples : of the intervals and of the differences
     """
 
     probes: tuple[str, ...] = ("linear",)
@@ -144,6 +145,13 @@ def ask(
     rows = gathered.rows()
     if not len(rows):
         raise LabelError(f"{prop.name}: no example is left ({rows.counts}); expected labels within the recordings")
+    beyond = rows.counts.get("segments beyond the audio", 0)
+    total = sum(len(prop.labels.segments[n]) for n in prop.names.values()) if prop.labels.segments else 0
+    if beyond > total / 2:
+        raise LabelError(
+            f"{prop.name}: {beyond} of {total} segments begin behind the end of their recording; expected seconds: are "
+            "the times in another unit, or the labels of other recordings?"
+        )
     keep = np.arange(len(rows))
     counts = dict(rows.counts)
     warnings: list[str] = []

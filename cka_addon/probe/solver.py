@@ -326,9 +326,12 @@ class StreamSoftmax:
         weight = probe.weight * self.scale.std[:, None]
         bias = probe.bias + self.scale.mean @ probe.weight
         p = torch.softmax(torch.addmm(bias, z, weight), 1)
-        # Directions that the sample knows badly must not be stretched beyond what it knows of them.
-        self.left = _inverse(cov, 1e-3)
-        self.right = _inverse(_class_curvature(p), 0.0)
+        curvature = _class_curvature(p)
+        self.right = _inverse(curvature, 0.0)
+        # Directions that the sample knows badly must not be stretched beyond what it knows of them, nor so far that the
+        # penalty alone makes a step too large: penalty x left x right stays below 1.
+        least = float(torch.linalg.eigvalsh(curvature.double())[0])
+        self.left = [_inverse(cov, max(1e-3, s / least)) for s in self.strengths]
         many = len(self.strengths)
         self.weight = weight.repeat(1, many)
         self.bias = bias.repeat(many)
@@ -356,8 +359,10 @@ class StreamSoftmax:
         residual = p.view(n, -1)
         gradient = z.T @ residual / n + self.penalty * self.weight
         rate = RATE * min(1.0, n / BATCH)
-        move = (self.left @ gradient).view(self.width * many, self.classes) @ self.right
-        self.weight -= rate * move.view(self.width, -1)
+        for left, g, weight in zip(
+            self.left, gradient.split(self.classes, 1), self.weight.split(self.classes, 1), strict=True
+        ):
+            weight.sub_(left @ g @ self.right, alpha=rate)
         self.bias -= rate * (residual.mean(0).view(many, self.classes) @ self.right).view(-1)
         self.taken += 1
         if half:

@@ -3,6 +3,8 @@
 
     python recipes/benchmark/probe.py              13 x 768 + 4 x 1024, 500,000 frames; scikit-learn on one layer
     python recipes/benchmark/probe.py --frames 60000 --sklearn-frames 60000 --layers 768x2      minutes
+    python recipes/benchmark/probe.py --show OUT/probe.json ... --out recipes/benchmark/results/probe.real_speech.json
+                                                   results of cka-addon probe as a section of the results page
 
 Features are made as they are needed (28 GB would not fit): correlated, of very different scale and mean, classes of
 unequal size. Times are of the processor, one thread, without the making. Three penalties are fitted and one is chosen;
@@ -18,12 +20,14 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from results import add_output, write_result
 
 from cka_addon.probe import solver
+from cka_addon.probe.result import ProbeResult
 
 CLASSES, HELD_OUT, PIECE = 40, 20_000, 1024
 
@@ -87,6 +91,47 @@ def all_layers(widths: list[int], frames: int) -> None:
     sys.stdout.write(f"peak {peak}\n")
 
 
+def show(paths: list[Path], out: Path) -> None:
+    """Results of `cka-addon probe` as a section of the results page."""
+    tables, data = [], {}
+    for path in paths:
+        result = ProbeResult.load(path)
+        for p in result.properties:
+            name = f"{p['name']}, {path.parent.name}"
+            form = "{:.1f}" if p["metric"] == "accuracy" else "{:.3f}"
+            scale = 100 if p["metric"] == "accuracy" else 1
+
+            def text(value: float | None, form: str = form, scale: int = scale) -> str:
+                return "" if value is None else form.format(scale * value)
+
+            def interval(row: dict, text=text) -> str:
+                return "" if row["lower"] is None else f"{text(row['lower'])} to {text(row['upper'])}"
+
+            rows = [
+                ["majority" if p["kind"] == "class" else "mean", text(p["chance"]["value"]), interval(p["chance"]), ""]
+            ]
+            for r in p["rows"]:
+                rows.append([f"{r['model']} / {r['layer']}", text(r["value"]), interval(r), text(r.get("selectivity"))])
+            sort = "accuracy %" if p["metric"] == "accuracy" else "R2"
+            what = f"{len(p['classes'])} classes" if p["kind"] == "class" else "number"
+            tables.append(
+                {
+                    "title": f"{name}: {p['examples']} {p['unit']}s, {what}, {p['groups']} groups ({p['by']})",
+                    "columns": ["layer", sort, "95 % interval", "selectivity"],
+                    "rows": rows,
+                }
+            )
+            data[name] = {"rows": p["rows"], "chance": p["chance"], "settings": result.details["settings"]}
+    write_result(
+        out,
+        title="Probes of real speech",
+        about="Linear probes of `cka-addon probe`, folds of whole groups (speakers, where nothing else is said); the "
+        "untrained twin and FBANK (80 bands with two differences) beside the trained layers.",
+        tables=tables,
+        data=data,
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=500_000, help="frames of every layer (default %(default)s)")
@@ -94,8 +139,14 @@ def main() -> int:
     parser.add_argument("--sklearn-frames", type=int, default=500_000, help="for the comparison on the first layer")
     parser.add_argument("--max-iter", type=int, default=500, help="of scikit-learn (default %(default)s)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--show", type=Path, nargs="+", metavar="PROBE_JSON", help="results of cka-addon probe to write down"
+    )
     add_output(parser, "probe.speed")
     options = parser.parse_args()
+    if options.show:
+        show(options.show, options.out)
+        return 0
     torch.set_num_threads(1)
     widths = [int(w) for part in options.layers.split(",") for w, n in [part.split("x")] for _ in range(int(n))]
     if options.child:

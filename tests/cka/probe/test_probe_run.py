@@ -210,6 +210,11 @@ def test_labels_that_cannot_be_asked(ask, tmp_path):
     ctm.write_text("".join(f"s{s:02d}/{k} 1 {t} 5 x\n" for s in range(12) for k in range(6) for t in (7, 9)))
     with pytest.raises(LabelError, match="no example is left.*beyond the audio"):
         ask(f"{ctm}")
+    ctm.write_text(
+        "".join(f"s{s:02d}/{k} 1 {t} 100 x{t}\n" for s in range(12) for k in range(6) for t in (0, 100, 200))
+    )
+    with pytest.raises(LabelError, match="144 of 216 segments begin behind.*another unit"):
+        ask(f"{ctm}")
     with pytest.raises(LabelError, match="expected made: and one of channel"):
         ask("made:loudness")
     with pytest.raises(LabelError, match="two labels are called 'class'"):

@@ -70,6 +70,19 @@ def test_stream_is_as_good_as_memory():
     assert abs(accuracy(stream.finish(), xt, yt) - exact) < 0.3
 
 
+def test_stream_stays_finite_where_features_repeat_each_other():
+    """A strong penalty in directions of little variance must not make the steps grow."""
+    x, y = planted(14000, 20, 40, seed=9)
+    g = torch.Generator().manual_seed(2)
+    wide = x @ torch.randn(20, 120, generator=g) + 1e-3 * torch.randn(14000, 120, generator=g)
+    stream = solver.StreamSoftmax(120, 40, steps=60, strengths=(1e-2, 1e-3, 1e-5), warm=3000)
+    for _ in range(5):
+        for i in range(0, 12000, solver.BATCH):
+            stream.update(wide[i : i + solver.BATCH], y[i : i + solver.BATCH])
+    exact = solver.fit_softmax(wide[:12000], y[:12000], 40, strengths=(1e-3,))
+    assert accuracy(stream.finish(), wide[12000:], y[12000:]) > accuracy(exact, wide[12000:], y[12000:]) - 2
+
+
 def test_batches_give_every_row_once():
     parts = [([torch.arange(i, i + 7).float()[:, None]], np.arange(i, i + 7)) for i in range(0, 70, 7)]
     rows = []
