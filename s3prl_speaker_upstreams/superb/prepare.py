@@ -84,7 +84,8 @@ def irregular(layout: Layout, root: Path) -> str:
     It does not follow links to folders (their recordings would be left out without a word), and it opens hidden files
     such as macOS's ``._a.wav``, which are no recordings.
     """
-    folders = {parent for path in layout.recordings for parent in path.parents if parent.is_relative_to(root)}
+    lowest = {Path(name) for name in {os.path.dirname(path) for path in layout.recordings}}
+    folders = {above for folder in lowest for above in (folder, *folder.parents) if above.is_relative_to(root)}
     for folder in sorted(folders - {root}):
         if folder.is_symlink():
             return f"{folder} is a link"

@@ -293,6 +293,18 @@ def test_folders_of_the_first_version_go_on_where_their_own_record_agrees(make, 
     assert len(fake.calls) == calls
 
 
+def test_results_of_the_first_version_are_tabled_with_a_mark(make, fake_runner, tmp_path):
+    fake_runner()
+    run = make("KS")
+    stages.run_stages(run)
+    kept = ("task", "metrics", "layers", "choice", "details", "predictions", "checkpoints", "seed", "versions")
+    old = {**{key: _result(run)[key] for key in kept}, "upstream": "fbank", "stock": True}
+    (run.folder / "result.json").write_text(json.dumps(old))
+    collect.collect(run.exp, tmp_path)
+    table = (tmp_path / "superb.md").read_text()
+    assert "| fbank | 25.00* |" in table and "kept no settings" in table
+
+
 def test_a_folder_of_the_first_version_with_another_seed_keeps_it(make, fake_runner):
     fake = fake_runner()
     run = make("KS", seed=5)
