@@ -62,9 +62,10 @@ def syrk_lower(x: np.ndarray, out: np.ndarray) -> None:
     size, width, one, zero = ctypes.c_int(n), ctypes.c_int(d), scalar(1), scalar(0)
     at = ctypes.addressof
     # A C-ordered (n, d) array is Fortran's (d, n): 'T' makes it x x', and Fortran's upper triangle is C's lower one.
-    _routine(name)(
-        b"U", b"T", at(size), at(width), at(one), x.ctypes.data, at(width), at(zero), out.ctypes.data, at(size)
-    )
+    routine = _routine(name)
+    if routine is None:
+        raise RuntimeError(f"scipy's BLAS has no {name} that can be called; ask available() first")
+    routine(b"U", b"T", at(size), at(width), at(one), x.ctypes.data, at(width), at(zero), out.ctypes.data, at(size))
 
 
 def single_threaded() -> AbstractContextManager | None:

@@ -190,7 +190,7 @@ def load(recording: Recording) -> tuple[torch.Tensor, About]:
     mono = samples[:, 0] if channels == 1 else samples.mean(axis=1)
     if not np.isfinite(mono.sum(dtype=np.float64)):
         raise AudioError(f"{path}: holds NaN or infinite samples; expected finite ones")
-    digest = hashlib.sha256(np.ascontiguousarray(samples)).hexdigest()[:16]
+    digest = hashlib.sha256(np.ascontiguousarray(samples).data).hexdigest()[:16]
     if rate != SAMPLE_RATE:
         import soxr
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cka_addon.config import add_arguments, from_args
 from cka_addon.options import DumpOptions, Inputs, Options
@@ -478,7 +479,7 @@ def _layer_weights(args: argparse.Namespace) -> int:
     out, formats = Path(args.out), args.formats.split(",")
     table = layer_weights.table(items)
     written = [provenance.write_atomically(out / "layer_weights.csv", lambda t: table.to_csv(t, index=False))]
-    members = [{"task": w.task, **row} for w in items for row in layer_weights.member_shares(w)]
+    members: list[dict[str, Any]] = [{"task": w.task, **row} for w in items for row in layer_weights.member_shares(w)]
     if members:
         import pandas
 
@@ -553,7 +554,7 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(data: object, indent: str = "") -> str:
+def _text(data: Any, indent: str = "") -> str:
     """Nested data for reading: key: value lines, lists of plain values on one line."""
     lines = []
     for key, value in data.items() if isinstance(data, dict) else enumerate(data):

@@ -80,7 +80,7 @@ class GramKernel:
         trace = np.zeros((count, count))
         for r0, r1 in bands:
             one = self._grams("left", layers, left, r0, r1)
-            two = one if second is None else self._grams("right", second, right, r0, r1)
+            two = one if second is None or right is None else self._grams("right", second, right, r0, r1)
             trace += self._products(one, two, r0, r1)
         return 2.0 * trace
 
@@ -126,7 +126,7 @@ class GramKernel:
         else:
             if self._pool is None or self._pool_size != workers:
                 self._pool, self._pool_size = ThreadPoolExecutor(workers), workers
-            with single:
+            with single or nullcontext():
                 list(self._pool.map(work, range(workers)))
         return out
 

@@ -58,11 +58,12 @@ def cka_matrix(
     >>> cka_matrix(x).shape, cka_matrix(x, x[:2]).shape
     ((3, 3), (3, 2))
     """
-    xs = [torch.as_tensor(x) for x in xs]
-    ys = [] if ys is None else [torch.as_tensor(y) for y in ys]
-    layers = xs + ys
+    left, right = [torch.as_tensor(x) for x in xs], [torch.as_tensor(y) for y in ys or ()]
+    layers = left + right
     names = (
-        list(names) if names is not None else [f"x[{i}]" for i in range(len(xs))] + [f"y[{i}]" for i in range(len(ys))]
+        list(names)
+        if names is not None
+        else [f"x[{i}]" for i in range(len(left))] + [f"y[{i}]" for i in range(len(right))]
     )
     for name, layer in zip(names, layers, strict=True):
         if layer.ndim != 2 or layer.shape[0] != layers[0].shape[0]:
@@ -70,12 +71,12 @@ def cka_matrix(
                 f"{name}: got shape {tuple(layer.shape)}; expected ({layers[0].shape[0]}, width): "
                 "two dimensions and the same examples in every layer"
             )
-    pairs = Pairs((len(xs), len(ys)), "across") if ys else Pairs((len(xs),))
+    pairs = Pairs((len(left), len(right)), "across") if right else Pairs((len(left),))
     engine = BatchHsic([x.shape[1] for x in layers], pairs, biased=biased, form=form)
     h = engine(layers, names=names)
     check_varies(*spread(layers), names=names)
     values = cka_from_hsic(h, names=names, mask=pairs.mask())
-    return values[: len(xs), len(xs) :] if ys else values
+    return values[: len(left), len(left) :] if right else values
 
 
 class BatchHsic:

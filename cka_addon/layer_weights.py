@@ -327,7 +327,7 @@ def table(items: Sequence[LayerWeights]):
             row = {"task": w.task, "upstream": w.upstream, "layer": i}
             row["layer_name"] = w.layers[i] if w.layers else f"layer_{i}"
             row["weight"] = value
-            if w.corrected is not None:
+            if w.corrected is not None and w.norms is not None:
                 row |= {"norm": w.norms[i], "corrected": w.corrected[i]}
             row["checkpoint"] = w.details.get("checkpoint")
             rows.append(row)

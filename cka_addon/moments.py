@@ -55,18 +55,18 @@ class Moments:
         self.n = 0
         count = len(self.dims)
         self.offsets = np.concatenate([[0], np.cumsum(self.dims)]).astype(int).tolist()
-        wide = {"dtype": torch.float64, "device": self.device}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=self.device)
+
         self.shift: Tensor | None = None
-        self.s = torch.zeros(self.offsets[-1], **wide)
-        self.left = torch.zeros(self.offsets[-1], count, **wide)
-        self.right = self.left if paired else torch.zeros(self.offsets[-1], count, **wide)
-        self.T = torch.zeros(count, count, **wide)
-        self.t = torch.zeros(count, **wide)
+        self.s = zeros(self.offsets[-1])
+        self.left = zeros(self.offsets[-1], count)
+        self.right = self.left if paired else zeros(self.offsets[-1], count)
+        self.T = zeros(count, count)
+        self.t = zeros(count)
         self.rows = [
-            [
-                _Row(a, b, torch.zeros(self.dims[i], self.offsets[b] - self.offsets[a], **wide))
-                for a, b in pairs.spans(i)
-            ]
+            [_Row(a, b, zeros(self.dims[i], self.offsets[b] - self.offsets[a])) for a, b in pairs.spans(i)]
             for i in range(count)
         ]
 
@@ -178,13 +178,13 @@ class Moments:
             raise ValueError(
                 f"got accumulators over widths {other.dims} and {other.pairs}; expected {self.dims} and {self.pairs}"
             )
-        if other.n == 0:
+        if other.n == 0 or other.shift is None:
             return
         if self.shift is None:
             self.shift = other.shift.clone().to(self.device)
         if not torch.equal(other.shift.to(self.device), self.shift):
-            other = other.copy()
-            other.reshift(self.shift)
+            shift, other = self.shift, other.copy()
+            other.reshift(shift)
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine += theirs.to(self.device)
         self.n += other.n

@@ -6,6 +6,7 @@ bottom left. `save` writes PNG and PDF.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,7 +112,7 @@ def plot_heatmap(
     ax.set_title(title if title is not None else (f"{a}" if a == b else f"{b} against {a}"), fontsize=11)
     if colour_bar:
         # As high as the picture, whatever its shape.
-        beside = ax.inset_axes([1 + 0.25 / columns, 0, min(0.12, 0.45 / columns), 1])
+        beside = ax.inset_axes((1 + 0.25 / columns, 0, min(0.12, 0.45 / columns), 1))
         bar = figure.colorbar(image, cax=beside)
         label = _measure(result).replace(" (", "\n(") + ("" if what == "values" else ",\nexamples permuted")
         bar.set_label(label, fontsize=8 if rows < 6 else 9)
@@ -212,7 +213,7 @@ def plot_adjacent(
 def _line(ax, result: CKAResult, i: np.ndarray, j: np.ndarray, label: str) -> None:
     x = np.arange(len(i))
     (line,) = ax.plot(x, result.values[i, j], marker="o", markersize=4, linewidth=1.6, label=label)
-    if result.lower is not None:
+    if result.lower is not None and result.upper is not None:
         ax.fill_between(x, result.lower[i, j], result.upper[i, j], color=line.get_color(), alpha=0.2, linewidth=0)
 
 
@@ -286,11 +287,12 @@ def plot_layer_weight_map(
     counts = {len(w.weights) for w in items}
     if len(counts) > 1:
         raise SpecError(f"the tasks have {sorted(counts)} layers; expected one upstream: draw one map per upstream")
-    if corrected and any(w.corrected is None for w in items):
+    shares = [w.corrected if corrected else w.weights for w in items]
+    if any(s is None for s in shares):
         raise SpecError(
             "the weights are not corrected; measure the layers' norms first (--store or --model and --audio)"
         )
-    values = np.stack([w.corrected if corrected else w.weights for w in items])
+    values = np.stack([s for s in shares if s is not None])
     figure, ax = _axes(ax, (max(4.5, min(11, 2.6 + 0.36 * values.shape[1])), max(2.0, 1.3 + 0.36 * len(items))))
     image = ax.imshow(values, vmin=0, vmax=1 if values.max() > 0.5 else None, cmap="viridis", aspect="auto")
     names = short_names(items[0].layers) if items[0].layers else [str(i) for i in range(values.shape[1])]
@@ -317,12 +319,8 @@ def save(figure: Figure, path: str | Path, formats: Sequence[str] = ("png", "pdf
     for ending in formats:
         target = base.with_name(f"{base.name}.{ending}")
         metadata = {"CreationDate": None} if ending == "pdf" else None
-        written.append(
-            provenance.write_atomically(
-                target,
-                lambda temporary, e=ending, m=metadata: figure.savefig(
-                    temporary, format=e, dpi=200, metadata=m, bbox_inches="tight", pad_inches=0.08
-                ),
-            )
+        draw = functools.partial(
+            figure.savefig, format=ending, dpi=200, metadata=metadata, bbox_inches="tight", pad_inches=0.08
         )
+        written.append(provenance.write_atomically(target, draw))
     return written

@@ -144,7 +144,7 @@ class CKAResult:
                     "index_b": positions[j],
                     "cka": self.values[i, j],
                 }
-                if self.lower is not None:
+                if self.lower is not None and self.upper is not None:
                     row |= {"lower": self.lower[i, j], "upper": self.upper[i, j]}
                 if self.baseline is not None:
                     row["permuted"] = self.baseline[i, j]
@@ -253,7 +253,13 @@ class CKAResult:
                 else np.array([[np.nan if v is None else v for v in row] for row in x], dtype=np.float64)
             )
 
-        values = array(data["values"])
+        def needed(x: list | None, name: str) -> np.ndarray:
+            found = array(x)
+            if found is None:
+                raise StoreError(f"{path}: holds no {name}; it is damaged, compute it again")
+            return found
+
+        values = needed(data["values"], "values")
         return cls(
             [ModelInfo.from_dict(m) for m in data["models"]],
             values,
@@ -261,10 +267,15 @@ class CKAResult:
             array(data["lower"]),
             array(data["upper"]),
             array(data["permuted"]),
-            array(data["hsic"]),
+            needed(data["hsic"], "hsic"),
             data["details"],
             _load_units(Path(path), data["details"].get("units_sha256"), len(values)),
-            {name: Measure(**{k: array(v) for k, v in one.items()}) for name, one in data.get("measures", {}).items()},
+            {
+                name: Measure(
+                    needed(one["values"], name), array(one["lower"]), array(one["upper"]), array(one["baseline"])
+                )
+                for name, one in data.get("measures", {}).items()
+            },
         )
 
     def __repr__(self) -> str:

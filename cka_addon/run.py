@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def units_of(source: Source, options: Options) -> dict[str, str]:
 
 
 def compute(
-    models: Sequence | str | Path | FeatureStore | None = None,
+    models: Sequence | str | Callable | None = None,
     recordings: str | Path | Sequence | None = None,
     *,
     stores: Sequence[str | Path | FeatureStore] | str | Path | None = None,
@@ -84,7 +85,7 @@ def compute(
     progress: bool = True,
     announce: Callable[[str], None] = logger.info,
     names: Sequence[str] | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> CKAResult:
     """CKA of all layers of one or more models.
 
@@ -121,7 +122,7 @@ def compute(
 
 
 def gather(
-    models: Sequence | None = None,
+    models: Sequence | str | Callable | None = None,
     recordings: str | Path | Sequence | None = None,
     *,
     stores: Sequence | str | Path | None = None,
@@ -134,7 +135,7 @@ def gather(
     announce: Callable[[str], None] = logger.info,
     names: Sequence[str] | None = None,
     source: Source | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> State:
     """The part of `compute` before the division: the state of a run or of one shard of it (arguments as there).
 
@@ -295,7 +296,7 @@ def _reduce(state: State) -> None:
     """Bring every process's state to all of them: small things as objects, accumulators as one sum each."""
     import torch.distributed as dist
 
-    small = [None] * dist.get_world_size()
+    small: list[Any] = [None] * dist.get_world_size()
     mine = (state.blocks, state.kept, state.left_out, state.variation, state.power)
     shifts = {k: getattr(state, k).shift.cpu() for k in ("total", "total_baseline") if getattr(state, k) is not None}
     dist.all_gather_object(small, (mine, shifts))
@@ -534,7 +535,7 @@ class Runner:
                 drain()
         drain()
         block.examples, block.batches = mine.n, 1
-        if mine.n:
+        if mine.n and mine.shift is not None:
             self._variation.append((mine.n, mine.spread()[0], (mine.s / mine.n + mine.shift).cpu().numpy()))
         for name, part in (("total", mine), ("total_baseline", permuted)):
             if part is None or part.n == 0:

@@ -16,6 +16,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class FeatureStore:
                 f"{self.path}: is not complete ({parts} of {self.header['parts']} parts are done); "
                 "run the same 'cka-addon dump' again to finish it"
             )
-        self.manifest = json.loads(manifest.read_text(encoding="utf-8")) if self.complete else None
+        self.manifest: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8")) if self.complete else {}
         self.infos = [ModelInfo.from_dict(m) for m in self.header["models"]]
         self.options = self.header["options"]
         self.entries: dict[str, dict] = {}
@@ -125,7 +126,7 @@ class FeatureStore:
                 start = [a + b for a, b in zip(start, entry["frames"], strict=True)]
         self.skipped = {k: v for k, v in self.skipped.items() if k not in self.entries}
         self.ids = sorted(self.entries)
-        self._open: OrderedDict[Path, object] = OrderedDict()
+        self._open: OrderedDict[Path, Any] = OrderedDict()
 
     def _files(self) -> list[Path]:
         return sorted((self.path / "data").glob("part-*.safetensors"))
@@ -208,7 +209,7 @@ class FeatureStore:
                 problems.append(f"{missing} of {self.header['recordings']} recordings are neither stored nor skipped")
         return problems
 
-    def info(self) -> dict[str, object]:
+    def info(self) -> dict[str, Any]:
         """Summary for people and scripts."""
         return {
             "path": str(self.path),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +71,7 @@ def dump(
     device: str = "cpu",
     progress: bool = True,
     announce: Callable[[str], None] = logger.info,
-    **settings: object,
+    **settings: Any,
 ) -> Path:
     """Write the layers of one or more models for a list of recordings to a feature store; resumes where it was stopped.
 
@@ -378,9 +380,9 @@ def merge_stores(parts: Sequence[str | Path], out: str | Path) -> Path:
         for file in json.loads(manifest.read_text(encoding="utf-8"))["files"]:
             source, target = manifest.parent.parent / "data" / file, out / "data" / file
             if not target.exists():
-                provenance.write_atomically(target, lambda t, s=source: _link(s, t))
+                provenance.write_atomically(target, functools.partial(_link, source))
         if not (out / "parts" / name).exists():
-            provenance.write_atomically(out / "parts" / name, lambda t, s=manifest: shutil.copyfile(s, t))
+            provenance.write_atomically(out / "parts" / name, functools.partial(shutil.copyfile, manifest))
     complete_if_done(out)
     return out
 
