@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cka_addon import audio, provenance
 from cka_addon.errors import AudioError, SpecError
 from cka_addon.models import Model, ModelInfo, check_names, load_model, load_models
-from cka_addon.probe import controls, made, solve, statistics, vectors
+from cka_addon.probe import controls, made, solve, solver, statistics, vectors
 from cka_addon.probe.errors import LabelError, ProbeError
 from cka_addon.probe.examples import Gathered, Property, Reader, check_units, gather
 from cka_addon.probe.labels import (
@@ -460,7 +460,7 @@ def _solve(
             within_of and sorted(within_of.items()),
         ]
     )
-    key = hashlib.sha256((mark + json.dumps(plan, sort_keys=True)).encode()).hexdigest()[:16]
+    key = hashlib.sha256((f"{solver.VERSION}" + mark + json.dumps(plan, sort_keys=True)).encode()).hexdigest()[:16]
     work = [
         (name, kind, column)
         for name, q in questions.items()

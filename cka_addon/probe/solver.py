@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cka_addon.probe.errors import ProbeError
 
+VERSION = 2  # of what is computed here: answers of other versions are not taken over when a run goes on
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # penalties tried, per example, strong to weak
 STREAM_STRENGTHS = (1e-3, 1e-4, 1e-5)
 RIDGE_STRENGTHS = tuple(10.0**k for k in range(1, -7, -1))

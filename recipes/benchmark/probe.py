@@ -27,7 +27,7 @@ import torch
 from results import add_output, write_result
 
 from cka_addon.probe import solver
-from cka_addon.probe.result import ProbeResult
+from cka_addon.probe.result import ProbeResult, percent
 
 CLASSES, HELD_OUT, PIECE = 40, 20_000, 1024
 
@@ -92,41 +92,45 @@ def all_layers(widths: list[int], frames: int) -> None:
 
 
 def show(paths: list[Path], out: Path) -> None:
-    """Results of `cka-addon probe` as a section of the results page."""
+    """Results of `cka-addon probe` as a section of the results page: one table a file, layers by properties."""
     tables, data = [], {}
     for path in paths:
         result = ProbeResult.load(path)
+        columns, cells = ["layer"], {"chance": ["majority or mean"]}
         for p in result.properties:
-            name = f"{p['name']}, {path.parent.name}"
-            form = "{:.1f}" if p["metric"] == "accuracy" else "{:.3f}"
-            scale = 100 if p["metric"] == "accuracy" else 1
-
-            def text(value: float | None, form: str = form, scale: int = scale) -> str:
-                return "" if value is None else form.format(scale * value)
-
-            def interval(row: dict, text=text) -> str:
-                return "" if row["lower"] is None else f"{text(row['lower'])} to {text(row['upper'])}"
-
-            rows = [
-                ["majority" if p["kind"] == "class" else "mean", text(p["chance"]["value"]), interval(p["chance"]), ""]
-            ]
-            for r in p["rows"]:
-                rows.append([f"{r['model']} / {r['layer']}", text(r["value"]), interval(r), text(r.get("selectivity"))])
-            sort = "accuracy %" if p["metric"] == "accuracy" else "R2"
-            what = f"{len(p['classes'])} classes" if p["kind"] == "class" else "number"
-            tables.append(
-                {
-                    "title": f"{name}: {p['examples']} {p['unit']}s, {what}, {p['groups']} groups ({p['by']})",
-                    "columns": ["layer", sort, "95 % interval", "selectivity"],
-                    "rows": rows,
-                }
+            what = f"{len(p['classes'])} classes" if p["kind"] == "class" else "R2"
+            columns.append(f"{p['name']} ({what}, {p['examples']} {p['unit']}s, {p['groups']} {p['by']}s)")
+            for row in [{"model": "chance", **p["chance"]}, *p["rows"]]:
+                name = "chance" if row["model"] == "chance" else f"{row['model']} / {row['layer']}"
+                ends = [percent(row[k], p["metric"]) for k in ("value", "lower", "upper")]
+                text = ends[0] if row["lower"] is None else f"{ends[0]} [{ends[1]}, {ends[2]}]"
+                if row.get("selectivity") is not None:
+                    text += f" s {percent(row['selectivity'], p['metric'])}"
+                cells.setdefault(name, [name]).append(text)
+            keys = (
+                "model",
+                "layer",
+                "value",
+                "lower",
+                "upper",
+                "macro_f1",
+                "control",
+                "selectivity",
+                "solver",
+                "verdict",
             )
-            data[name] = {"rows": p["rows"], "chance": p["chance"], "settings": result.details["settings"]}
+            rows = [
+                {k: round(v, 5) if isinstance(v, float) else v for k in keys if (v := r.get(k)) is not None}
+                for r in p["rows"]
+            ]
+            data[f"{path.parent.name}: {p['name']}"] = {"rows": rows, "settings": result.details["settings"]}
+        tables.append({"title": path.parent.name, "columns": columns, "rows": list(cells.values())})
     write_result(
         out,
         title="Probes of real speech",
-        about="Linear probes of `cka-addon probe`, folds of whole groups (speakers, where nothing else is said); the "
-        "untrained twin and FBANK (80 bands with two differences) beside the trained layers.",
+        about="Linear probes of `cka-addon probe`: accuracy in percent or R2, its 95 % interval, the selectivity (s) "
+        "where a control task was fitted. Folds hold whole groups: speakers, or utterances where speakers are asked "
+        "for. The untrained twin and FBANK (80 bands with two differences) stand beside the trained layers.",
         tables=tables,
         data=data,
     )

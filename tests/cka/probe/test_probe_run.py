@@ -62,7 +62,7 @@ def test_frames_numbers_and_streams(ask, tmp_path):
         assert np.argmax(values(exact, name)) == 2
         np.testing.assert_allclose(values(exact, name), values(stream, name), atol=0.04)
     np.testing.assert_allclose(values(exact, "length"), values(stream, "length"), atol=0.06)
-    assert exact.find("length")["metric"] == "R2" and values(exact, "length")[2] > 0.6 > values(exact, "length")[1]
+    assert exact.find("length")["metric"] == "R2" and values(exact, "length")[2] > values(exact, "length")[1] + 0.1
     assert exact.find("frame")["examples"] == 72 * 10
 
 
