@@ -328,6 +328,16 @@ def tables(result: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def summary(result: dict[str, Any]) -> list[list[object]]:
+    """The rows for the top of the results page."""
+    mypy = result["mypy"]
+    return [
+        ["import circles, counting imports inside functions", len(result["import_circles"]["any"]), "0"],
+        ["mypy errors", mypy["errors"] if mypy else "not measured", "0"],
+        ["pairs of places in the packages' code that repeat six or more lines", result["repetitions"]["pairs"], "5"],
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", help="measure this commit instead of the working tree")
@@ -348,6 +358,7 @@ def main() -> int:
         "files that a reader enters who follows each function once, at its first call; a return is an entry into a "
         "file that was left before.",
         tables=tables(result),
+        summary=[] if args.commit else summary(result),
         data=result,
         measured={"commit": args.commit} if args.commit else None,
     )
