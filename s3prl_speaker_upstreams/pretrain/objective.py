@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ..data.augment import AugmentConfig
 from ..data.masking import mask_features
 from ..ecapa import Ecapa, EcapaConfig, Frontend, FrontendConfig, Ragged, SpeakerEncoder
 from ..ecapa.config import DIALECTS
+from ..ecapa.wave import GaborBank
 from ..ecapa.wave import GaborBank
 from ..errors import ConfigError
 from .config import ModelConfig
@@ -188,7 +189,7 @@ class CropEncoder(nn.Module):
             if frontend is None:
                 raise ConfigError("a network with filters of its own needs the front-end's configuration")
             made = Frontend(frontend)
-            made.bank = ecapa.bank  # the network's own, which the optimizer sees there
+            made.bank = cast(GaborBank, ecapa.bank)  # the network's own, which the optimizer sees there
             self._frontend = (made,)
         self._shapes: dict[tuple[Any, ...], Callable[[Tensor], Tensor]] = {}
 

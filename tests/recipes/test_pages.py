@@ -117,7 +117,6 @@ def test_no_page_names_a_folder_or_host_that_only_its_authors_have():
         assert "../shared" not in script.read_text(encoding="utf-8"), script
 
 
-@pytest.mark.xfail(reason="until the pages of checkpoints, compat, superb and cka_addon are here", strict=False)
 def test_readme_is_short_and_its_links_lead_somewhere():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
     for page in map(ROOT.joinpath, PAGES):
