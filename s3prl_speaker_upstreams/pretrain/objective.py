@@ -20,7 +20,6 @@ from ..data.masking import mask_features
 from ..ecapa import Ecapa, EcapaConfig, Frontend, FrontendConfig, Ragged, SpeakerEncoder
 from ..ecapa.config import DIALECTS
 from ..ecapa.wave import GaborBank
-from ..ecapa.wave import GaborBank
 from ..errors import ConfigError
 from .config import ModelConfig
 
