@@ -66,7 +66,8 @@ _VOXCELEB2_LARGE_MARGIN: dict[str, Any] = {
 # light noise, no reverberation. Give it speech whose silent ends were cut off (recipes/pretrain/trim_silence.py): crops
 # that are mostly silence have nothing in common. The front-end ends at 4 kHz (60 bands, as dense as 80 up to 8 kHz):
 # the test set (digits) has nothing above, and a network that never looks there behaves the same on telephone and on
-# wide-band speech.
+# wide-band speech. Single precision: processors with bfloat16 arithmetic are 1.65 times faster with run.precision=bf16,
+# those without it 15 times slower.
 _SMALL_DINO: dict[str, Any] = {
     "method": "dino",
     "model": {
@@ -113,7 +114,7 @@ _SMALL_DINO: dict[str, Any] = {
         "clip": 3.0,
         "clip_mode": "global",
     },
-    "run": {"steps": 240, "batch": 32, "precision": "bf16", "log_every": 10, "save_every": "50 steps", "seed": 1},
+    "run": {"steps": 240, "batch": 32, "log_every": 10, "save_every": "50 steps", "seed": 1},
 }
 
 _SMALL_SUPERVISED: dict[str, Any] = {
@@ -127,7 +128,7 @@ _SMALL_SUPERVISED: dict[str, Any] = {
     },
     "aam": {"margin": 0.2, "margin_start": "20%", "margin_end": "50%"},
     "optim": {**_SMALL_DINO["optim"], "weight_decay": 1e-3, "weight_decay_end": 1e-3},
-    "run": {"steps": 400, "batch": 64, "precision": "bf16", "log_every": 10, "save_every": "50 steps", "seed": 1},
+    "run": {"steps": 400, "batch": 64, "log_every": 10, "save_every": "50 steps", "seed": 1},
 }
 
 # A matched pair: the same crops of the same utterances in the same order, augmentation, network, front-end, optimizer

@@ -126,6 +126,16 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float, mode: str) -> T
     return total
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products on ``device`` are emulated: processors without AVX-512 have none of their own.
+
+    >>> emulates_bfloat16(torch.device("meta"))
+    False
+    """
+    ops = torch.ops.mkldnn
+    return device.type == "cpu" and not (hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported())
+
+
 class _Scaler:
     """Loss scaling for float16; a no-op otherwise (and on PyTorch older than 2.3 without ``torch.amp.GradScaler``)."""
 
@@ -269,6 +279,11 @@ class Trainer:
             synchronise_norms(objective)
         self.optimizer = self._make_optimizer()
         self.scaler = _Scaler(self.device, self.config.run.precision == "fp16")
+        if self.config.run.precision == "bf16" and emulates_bfloat16(self.device):
+            logger.warning(
+                "run.precision=bf16: this processor has no bfloat16 arithmetic and emulates it, up to 15 times slower "
+                "than run.precision=fp32"
+            )
         self._initialise()
         model: nn.Module = objective
         if world_size() > 1:
