@@ -391,7 +391,10 @@ def _compare(args: argparse.Namespace) -> int:
     if len(loaded) == 2:
         modes = [r.details["options"]["mode"] for r in loaded]
         if sorted(modes) == ["full", "minibatch"]:
-            logger.warning("%s", compare.bias_of_minibatches(*(loaded if modes[1] == "full" else loaded[::-1])))
+            text = compare.bias_of_minibatches(*(loaded if modes[1] == "full" else loaded[::-1]))
+            sys.stdout.write(text + "\n")
+            if not texts:
+                return 0
         if texts:
             pairs = [(compare.pair_of(first, t), compare.pair_of(second, t)) for t in texts]
             found = compare.differences(first, second, pairs, confidence=args.confidence)

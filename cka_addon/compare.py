@@ -2,7 +2,8 @@
 
     cka-addon compare result.json wavlm/11,dino/block_1 wavlm/11,dino/block_4      two pairs of layers of one result
     cka-addon compare before.json after.json wavlm/3,wavlm/11                      one pair in two results
-    cka-addon compare minibatch.json full.json                                     every pair: what minibatches add
+    cka-addon compare before.json after.json                                       every pair that both have
+    cka-addon compare minibatch.json full.json                                     what minibatches add to the value
 
 Two values of the same utterances (or speakers) move together from sample to sample, so their difference is known
 better than either: without each unit both are computed again, and the spread of the difference is taken from that.
