@@ -338,7 +338,9 @@ def intervals(
     if method not in METHODS[:2]:
         raise ValueError(f"got interval={method!r}; expected one of {', '.join(METHODS[:2])}")
     tail = (1 - confidence) / 2
-    error = np.sqrt(left_out.spread() ** 2 + left_out.bias(point) ** 2)
+    # A mean over units whose frames were sampled is off by chance: that is no bias.
+    chance = (left_out.total - 1) ** 2 * left_out.noise / len(left_out.units)
+    error = np.sqrt(left_out.spread() ** 2 + np.maximum(left_out.bias(point) ** 2 - 4 * chance, 0.0))
     slope = np.ones_like(point)
     centre = point
     if bounded:
