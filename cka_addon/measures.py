@@ -118,21 +118,14 @@ def from_sums(
     smooth = [m for m in wanted if m in ("procrustes", "cca")]
     without = {m: np.full((len(kept.units), count, count), np.nan) for m in smooth} if kept is not None else {}
     for i, j, c in _pairs(moments):
-        for m in wanted:
-            for a, b in ((i, j), (j, i)) if m == "pwcca" else ((i, j),):
-                cross = c if a == i else c.T
-                value, gradient = _measure(m, cross, layers[a], layers[b])
-                values[m][a, b] = value
-                if m != "pwcca":
-                    values[m][b, a] = value
-                if influence is not None and m in smooth:
-                    moved = influence(m, a, b, value, gradient)
-                    without[m][:, a, b] = without[m][:, b, a] = moved
+        for m, (value, back, gradient) in _measure(wanted, c, layers[i], layers[j], influence is not None).items():
+            values[m][i, j], values[m][j, i] = value, back
+            if influence is not None and m in smooth:
+                without[m][:, i, j] = without[m][:, j, i] = influence(m, i, j, value, gradient)
     if shuffled is not None:
         for i, j, c in _pairs(shuffled):
-            for m in wanted:
-                chance[m][i, j] = _measure(m, c, layers[i], layers[j])[0]
-                chance[m][j, i] = _measure(m, c.T, layers[j], layers[i])[0] if m == "pwcca" else chance[m][i, j]
+            for m, (value, back, _) in _measure(wanted, c, layers[i], layers[j], False).items():
+                chance[m][i, j], chance[m][j, i] = value, back
     left = {}
     if kept is not None:
         left = {m: LeftOut(kept.units, without[m], units or len(kept.units), kind) for m in smooth}
@@ -172,11 +165,8 @@ def _again(
             rank = RANK[moments.dtype]
             layers.append(_axes(stays(c, i, i), rank=rank, ridge=ridge, variance=variance, name=names[i]))
         for i, j, c in _pairs(moments):
-            for m in measures:
-                found[m][g, i, j] = _measure(m, stays(c, i, j), layers[i], layers[j])[0]
-                found[m][g, j, i] = (
-                    _measure(m, stays(c, i, j).T, layers[j], layers[i])[0] if m == "pwcca" else found[m][g, i, j]
-                )
+            for m, (value, back, _) in _measure(measures, stays(c, i, j), layers[i], layers[j], False).items():
+                found[m][g, i, j], found[m][g, j, i] = value, back
     return {m: LeftOut([f"group {g}" for g in range(GROUPS)], v, GROUPS, "block") for m, v in found.items()}
 
 
@@ -193,21 +183,39 @@ def _pairs(moments: Moments) -> Iterator[tuple[int, int, Tensor]]:
             yield i, j, c[:, moments.offsets[j] - lo : moments.offsets[j + 1] - lo].cpu()
 
 
-def _measure(name: str, c: Tensor, x: _Layer, y: _Layer) -> tuple[float, tuple[Tensor, ...]]:
-    """Value of a pair with covariance c (d_x, d_y), and what its derivative needs."""
-    if name == "procrustes":
-        u, s, v = torch.linalg.svd(c, full_matrices=False)
-        return float(s.sum()) / (x.total * y.total) ** 0.5, (u @ v, s.sum())
-    kx, ky = (x.kept, y.kept) if name == "svcca" else (len(x.power), len(y.power))
-    left, right = x.whiten[:, :kx], y.whiten[:, :ky]
-    u, s, v = torch.linalg.svd(left.T @ c @ right, full_matrices=False)
-    s = s.clamp(0, 1)
-    weights = torch.full_like(s, 1 / len(s))
-    if name == "pwcca":
-        # X' h_k: what each feature of the first layer has of canonical variate k.
-        weights = (x.axes[:, :kx] * x.power[:kx].sqrt() @ u).abs().sum(0)
-        weights = weights / weights.sum()
-    return float(weights @ s), (left @ u, s, right @ v.T, weights)
+def _measure(
+    names: Sequence[str], c: Tensor, x: _Layer, y: _Layer, gradients: bool
+) -> dict[str, tuple[float, float, tuple[Tensor, ...]]]:
+    """Measures of a pair with covariance c (d_x, d_y): (value, value seen from y, what the derivative needs)."""
+    found: dict[str, tuple[float, float, tuple[Tensor, ...]]] = {}
+    if "procrustes" in names:
+        polar: tuple[Tensor, ...] = ()
+        if gradients:
+            u, s, v = torch.linalg.svd(c, full_matrices=False)
+            polar = (u @ v, s.sum())
+        else:
+            s = torch.linalg.svdvals(c)
+        value = float(s.sum()) / (x.total * y.total) ** 0.5
+        found["procrustes"] = (value, value, polar)
+    if not {"cca", "svcca", "pwcca"} & set(names):
+        return found
+    # Whitened along the principal axes of both, largest first: the leading block is what SVCCA keeps.
+    white = x.whiten.T @ c @ y.whiten
+    if "svcca" in names:
+        value = float(torch.linalg.svdvals(white[: x.kept, : y.kept]).clamp(0, 1).mean())
+        found["svcca"] = (value, value, ())
+    if {"cca", "pwcca"} & set(names):
+        u, s, v = torch.linalg.svd(white, full_matrices=False)
+        s = s.clamp(0, 1)
+        if "cca" in names:
+            value = float(s.mean())
+            found["cca"] = (value, value, (x.whiten @ u, s, y.whiten @ v.T, torch.full_like(s, 1 / len(s))))
+        if "pwcca" in names:
+            # X' h_k: what each feature of the leading layer has of canonical variate k.
+            weights = [(layer.axes * layer.power.sqrt() @ w).abs().sum(0) for layer, w in ((x, u), (y, v.T))]
+            ours, theirs = (float(w @ s / w.sum()) for w in weights)
+            found["pwcca"] = (ours, theirs, ())
+    return found
 
 
 class _Influence:
