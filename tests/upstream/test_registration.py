@@ -187,7 +187,7 @@ def test_wheel_has_the_start_up_file_and_uninstall_removes_it(tmp_path):
     root = PACKAGE.parent
     build = tmp_path / "source"
     build.mkdir()
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, build / name)
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("s3prl_speaker_upstreams", "cka_addon"):
