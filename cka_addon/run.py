@@ -375,7 +375,7 @@ class Runner:
         """Put examples of an utterance aside for the intervals."""
         count = len(layers[0])
         digest = hashlib.sha256(f"{self.options.seed}|{name}".encode()).digest()
-        chosen = pick_frames(count, self.quota[name], int.from_bytes(digest[:4], "little") / 2**32)
+        chosen = pick_frames(count, self.quota[name], int.from_bytes(digest[:4], "little"))
         pick = torch.from_numpy(chosen)
         unit = self.unit_of[name]
         owner = self._kept_units.setdefault(unit, len(self._kept_units))

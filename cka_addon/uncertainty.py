@@ -10,7 +10,7 @@ is added to the error. Coverage of these intervals is measured in `recipes/bench
 What HSIC is without a unit follows from sums, without computing it again: with S = sum x_i y_i' over all examples and
 S_u over those of unit u, |S - S_u|^2 = |S|^2 - 2 <S, S_u> + |S_u|^2, and the other terms of the estimator likewise.
 <S, S_u> = sum over i in u of x_i' S y_i needs the whole S, which is known at the end only; `Kept` holds the features
-for that: all of them where they are few (then the result is exact), else frames of every unit, evenly spread.
+for that: all of them where they are few (then the result is exact), else random frames of every unit.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class LeftOut:
     def spread(self) -> np.ndarray:
         """Standard error of every value, (layers, layers)."""
         variance = ((self.values - self.values.mean(0)) ** 2).mean(0)
-        # The noise is an estimate too: it is never believed to be more than three quarters of what was found.
-        return np.sqrt((self.total - 1) * np.maximum(variance - self.noise, 0.25 * variance))
+        # The noise is an estimate too: a tenth of it stays, and it is never believed to be more than three quarters.
+        return np.sqrt((self.total - 1) * np.maximum(variance - 0.9 * self.noise, 0.25 * variance))
 
     def freedom(self) -> np.ndarray:
         """Degrees of freedom of the standard error, (layers, layers): fewer where single units make up the variance."""
@@ -110,15 +110,15 @@ def frames_to_keep(dims: Sequence[int], itemsize: int, units: int) -> tuple[int,
     return wanted, max(2, room // wanted)
 
 
-def pick_frames(count: int, wanted: int, offset: float) -> np.ndarray:
-    """Positions of `wanted` of `count` examples, evenly spread. offset : 0 to 1, where the first one lies.
+def pick_frames(count: int, wanted: int, seed: int) -> np.ndarray:
+    """Positions of `wanted` of `count` examples at random, in random order (all of them in order where they are few).
 
-    >>> pick_frames(10, 3, 0.5).tolist(), pick_frames(2, 3, 0.5).tolist()
-    ([1, 5, 8], [0, 1])
+    At random, not evenly spread: two halves then differ by just as much as the sample does from all.
+
+    >>> sorted(pick_frames(100, 3, seed=0).tolist()), pick_frames(2, 3, seed=0).tolist()
+    ([20, 36, 82], [0, 1])
     """
-    if wanted >= count:
-        return np.arange(count)
-    return ((np.arange(wanted) + offset) * count / wanted).astype(int)
+    return np.arange(count) if wanted >= count else np.random.default_rng(seed).permutation(count)[:wanted]
 
 
 def leave_out(
@@ -238,6 +238,7 @@ def _from_moments(kept: Kept, moments: Moments, biased: bool) -> tuple[np.ndarra
     found = torch.full((units, count, count), float("nan"), dtype=torch.float64)
     halves = torch.zeros(units, count, count, dtype=torch.float64)
     q = n - size
+    everyone = abs(float(size.sum()) - n) < 0.5
     for i, j0, j1, c in moments.cross_covariances():
         lo = moments.offsets[j0]
         product = x[:, cuts[i]] @ (n * c).float().cpu()
@@ -246,12 +247,15 @@ def _from_moments(kept: Kept, moments: Moments, biased: bool) -> tuple[np.ndarra
         for j in range(j0, j1):
             columns = slice(moments.offsets[j] - lo, moments.offsets[j + 1] - lo)
             along = (product[:, columns] * x[:, cuts[j]]).sum(1, dtype=torch.float64)  # x_i'S y_i
-            both = total(weight * k[:, i] * k[:, j])
-            whole = float(full[:, columns].sum())
-            all_both = float(moments.T[i, j])
+            whole, all_both = float(full[:, columns].sum()), float(moments.T[i, j])
+            both, of_units = total(weight * k[:, i] * k[:, j]), total(weight * along)
+            if everyone:
+                # The units' sums add up to what is known exactly: sampled frames then leave no error in their mean.
+                both = both + (all_both - both.sum()) * size / n
+                of_units = of_units + (whole - of_units.sum()) * size / n
             moved = (of_unit[:, columns] * s[:, cuts[j]]).sum(1, dtype=torch.float64)
             moved = moved - total(weight * a[:, i] * a[:, j])  # s_u'(S - S_u)t_u
-            trace = whole - all_both - 2 * total(weight * along) + 2 * both + inside[:, i, j]
+            trace = whole - all_both - 2 * of_units + 2 * both + inside[:, i, j]
             if biased:
                 value = (trace + all_both - both - 2 / q * moved + norms[:, i] * norms[:, j] / q**2) / (q - 1) ** 2
             else:
@@ -338,9 +342,12 @@ def intervals(
     if method not in METHODS[:2]:
         raise ValueError(f"got interval={method!r}; expected one of {', '.join(METHODS[:2])}")
     tail = (1 - confidence) / 2
-    # A mean over units whose frames were sampled is off by chance: that is no bias.
-    chance = (left_out.total - 1) ** 2 * left_out.noise / len(left_out.units)
-    error = np.sqrt(left_out.spread() ** 2 + np.maximum(left_out.bias(point) ** 2 - 4 * chance, 0.0))
+    bias = left_out.bias(point)
+    if len(left_out.units) < left_out.total:
+        # Of some units only the mean is not the mean of all: what is off by chance is no bias.
+        variance = (left_out.total - 1) ** 2 * left_out.values.var(0) / len(left_out.units)
+        bias = np.sqrt(np.maximum(bias**2 - variance, 0.0))
+    error = np.sqrt(left_out.spread() ** 2 + bias**2)
     slope = np.ones_like(point)
     centre = point
     if bounded:

@@ -95,7 +95,7 @@ class Corpus:
         rng = np.random.default_rng(0)
         for i, name in zip(chosen, names, strict=True):
             if name in known:
-                pick = pick_frames(int(self.counts[i]), quota, rng.random())
+                pick = pick_frames(int(self.counts[i]), quota, int(rng.integers(1 << 32)))
                 parts.append([x[torch.from_numpy(pick)] for x in self.frames[i]])
                 owner += [known[name]] * len(pick)
                 weight += [self.counts[i] / len(pick)] * len(pick)

@@ -105,7 +105,7 @@ def test_a_sample_of_frames_gives_nearly_the_same_errors():
     moments.update(layers)
     units = [str(i) for i in range(60)]
     whole = leave_out(Kept(units, layers, owner, np.ones(len(owner))), h, len(owner), moments)
-    picks = [np.flatnonzero(owner == u)[pick_frames(int((owner == u).sum()), 15, 0.5)] for u in range(60)]
+    picks = [np.flatnonzero(owner == u)[pick_frames(int((owner == u).sum()), 15, u)] for u in range(60)]
     chosen = np.concatenate(picks)
     weight = np.concatenate([np.full(15, (owner == u).sum() / 15) for u in range(60)])
     part = leave_out(Kept(units, [x[chosen] for x in layers], owner[chosen], weight), h, len(owner), moments)
