@@ -135,7 +135,9 @@ def _check_cycle(name: str, upstream: str, expdir: Path, report: dict[str, dict]
     if not task.trained:
         for split, part in (("dev", "dev"), ("test", "eval")):
             truth = root / "scoring" / f"groundtruth_quesst14_{part}"
-            assert 0 <= scoring.score_quesst(expdir / split / "benchmark.stdlist.xml", truth)["MTWV"] <= 1
+            found = scoring.score_quesst(expdir / split / "benchmark.stdlist.xml", truth)
+            # what s3prl does not search is missed: it can only lower the value
+            assert 0 <= found["MTWV"] <= found["MTWV_searched"] <= 1
         return
     before, after = _load(expdir / "states-2.ckpt"), _load(expdir / "states-4.ckpt")
     assert (before["Step"], after["Step"]) == (2, 4)
@@ -279,5 +281,7 @@ def test_recipe_runs_from_check_to_table_and_survives_a_full_disk(tmp_path):
     assert second.returncode == 0, second.stderr[-3000:]
     assert ("going on from update 2 of 4" in second.stderr) == full
     result = json.loads((expdir.parent / "result.json").read_text())
-    assert 0 <= result["metrics"]["IC acc"] <= 100
+    predicted, true = (next(expdir.rglob(f"test_{which}.csv")).read_text().split() for which in ("predict", "truth"))
+    right = sum(a == b for a, b in zip(predicted, true, strict=True))
+    assert true and result["metrics"]["IC acc"] == pytest.approx(100 * right / len(true), abs=0.01)
     assert "| fbank |" in (tmp_path / "exp" / "tables" / "superb.md").read_text()

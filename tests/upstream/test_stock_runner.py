@@ -68,7 +68,12 @@ def test_sid_trains_evaluates_and_resumes(untrained, corpus, tmp_path):
     again = stock("-m", "evaluate", "-t", "test", "-e", str(tmp_path / "exp" / "states-4.ckpt"), cwd=tmp_path)
     accuracy = re.findall(r"^test acc: ([0-9.]+)$", first, re.MULTILINE)
     assert accuracy and accuracy == re.findall(r"^test acc: ([0-9.]+)$", again, re.MULTILINE)
-    assert 0 <= float(accuracy[0]) <= 1
+    predicted, true = (
+        (tmp_path / "exp" / f"test_{which}.txt").read_text().split("\n") for which in ("predict", "truth")
+    )
+    assert len(true) == corpus.counts["test"] + 1  # and the line end of the last
+    right = sum(a == b for a, b in zip(predicted, true, strict=True)) - 1
+    assert float(accuracy[0]) == pytest.approx(right / corpus.counts["test"], abs=1e-3)
 
 
 def test_sid_fine_tunes(untrained, corpus, tmp_path):
