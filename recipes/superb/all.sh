@@ -42,6 +42,8 @@ rates=() previous=
 for option in "$@"; do
   [[ $previous == --lr ]] && rates=(--lr "$option")
   [[ $option == --lr=* ]] && rates=("$option")
+  [[ $previous == --exp ]] && EXP=$option # the tables belong where the runs are
+  [[ $option == --exp=* ]] && EXP=${option#--exp=}
   previous=$option
 done
 listed=$("$PYTHON" -m s3prl_speaker_upstreams.superb elements --part "$PART" --tasks "$TASKS" \

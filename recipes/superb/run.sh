@@ -25,6 +25,12 @@ task=$1 upstream=$2
 shift 2
 source "$(dirname "${BASH_SOURCE[0]}")/../env/python.sh" # sets PYTHON
 
+previous=
+for option in "$@"; do
+  [[ $previous == --exp ]] && EXP=$option # the tables belong where the runs are
+  [[ $option == --exp=* ]] && EXP=${option#--exp=}
+  previous=$option
+done
 options=(--exp "$EXP")
 [[ -n $DATA ]] && options+=(--data "$DATA")
 [[ -n $S3PRL_ROOT ]] && options+=(--s3prl-root "$S3PRL_ROOT")

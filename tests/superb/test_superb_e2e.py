@@ -277,6 +277,8 @@ def test_recipe_runs_from_check_to_table_and_survives_a_full_disk(tmp_path):
         assert "Traceback" not in first.stderr.split("NoSpaceLeft")[0]
         assert _load(expdir / "states-2.ckpt")["Step"] == 2  # finished work stays
         (expdir / "states-4.ckpt").unlink(missing_ok=True)
+    del environment["EXP"]  # the folder as an option is the same folder, for the runs and for the table
+    command += ["--exp", str(tmp_path / "exp")]
     second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert second.returncode == 0, second.stderr[-3000:]
     assert ("going on from update 2 of 4" in second.stderr) == full
