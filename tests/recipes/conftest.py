@@ -59,7 +59,7 @@ def toy() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def speech(tmp_path_factory) -> Path:
+def toy_speech(tmp_path_factory) -> Path:
     """commands/, noise/, rirs/, digits/<speaker>/, keywords/<word>/: what small.sh and accuracy.sh read."""
     folder = tmp_path_factory.mktemp("speech")
     labels = {}

@@ -53,8 +53,8 @@ def test_voxceleb_from_the_archives_to_the_trial_lists(recipe, voxceleb):
 
 
 @pytest.mark.e2e
-def test_accuracy_on_real_speech(recipe, speech, tmp_path):
-    settings = {"SPEECH": speech, "EXP": tmp_path / "exp", "UPDATES": 4, "RATES": "1e-2", "LIMIT": 12}
+def test_accuracy_on_real_speech(recipe, toy_speech, tmp_path):
+    settings = {"SPEECH": toy_speech, "EXP": tmp_path / "exp", "UPDATES": 4, "RATES": "1e-2", "LIMIT": 12}
     recipe("superb/accuracy.sh", "fbank", **settings)
     table = (tmp_path / "exp" / "tables" / "superb.md").read_text()
     assert "fbank" in table and "SID" in table and "KS" in table
