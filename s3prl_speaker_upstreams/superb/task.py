@@ -24,6 +24,16 @@ __all__ = ["Metric", "Package", "Score", "Task", "loader_folders", "metrics_file
 STEPS: dict[str, Any] = {"runner.total_steps": 4, "runner.log_step": 2, "runner.eval_step": 2, "runner.save_step": 2}
 """Settings that let a trained task end after four updates (``--smoke``)."""
 
+STFT_STEPS: dict[str, Any] = {
+    **STEPS,
+    "downstream_expert.loaderrc.train_batchsize": 2,
+    "runner.max_keep": 1,
+    "downstream_expert.modelrc.hidden_size": 32,
+    "downstream_expert.modelrc.rnn_layers": 1,
+    "downstream_expert.modelrc.dropout": 0.0,
+}
+"""The same for SE and SS, whose masks come from one kind of recurrent network: a small one."""
+
 
 @dataclass(frozen=True)
 class Metric:

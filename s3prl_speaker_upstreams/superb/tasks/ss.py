@@ -12,7 +12,7 @@ from s3prl_speaker_upstreams.superb.layouts import Layout, audio, need
 from s3prl_speaker_upstreams.superb.task import (
     H5PY,
     LIBROSA,
-    STEPS,
+    STFT_STEPS,
     TENSORBOARD,
     Metric,
     Package,
@@ -82,14 +82,7 @@ TASK = _Separation(
             },
         ),
     ),
-    smoke={
-        **STEPS,
-        "downstream_expert.loaderrc.train_batchsize": 2,
-        "runner.max_keep": 1,
-        "downstream_expert.modelrc.hidden_size": 32,
-        "downstream_expert.modelrc.rnn_layers": 1,
-        "downstream_expert.modelrc.dropout": 0.0,
-    },
+    smoke=STFT_STEPS,
     workers="downstream_expert.loaderrc.num_workers",
     distributed=False,  # each process would draw the same utterances
     best="best-states-dev.ckpt",
